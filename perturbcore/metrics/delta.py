@@ -1,0 +1,133 @@
+"""Errors and correlations of the predicted response, over all genes and over differentially expressed genes.
+
+Names and formulas are cell-eval's where it has the metric: Δ̂ = predicted mean − predicted control, Δ = measured mean −
+measured control, both on the log1p scale.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from perturbcore.metrics.comparison import Comparison, Values
+from perturbcore.metrics.registry import register
+
+INFINITY = float("inf")
+RESOLUTION = (
+    1e-6  # log1p units; the mean of float32 values is no finer, so variation below it is rounding, not response
+)
+
+
+@register(best=1, low=-1, high=1)
+def pearson_delta(comparison: Comparison) -> Values:
+    """Pearson correlation over genes of predicted and measured Δ."""
+    return row_correlation(comparison.delta_pred, comparison.delta_real)
+
+
+@register(best=1, low=-1, high=1)
+def spearman_delta(comparison: Comparison) -> Values:
+    """Spearman correlation over genes of predicted and measured Δ."""
+    pred, real = comparison.delta_pred, comparison.delta_real
+    value = row_correlation(rankdata(pred, axis=1), rankdata(real, axis=1))
+    value[_flat(pred) | _flat(real)] = np.nan
+    return value
+
+
+@register(best=0, low=0, high=INFINITY)
+def mae_delta(comparison: Comparison) -> Values:
+    """Mean over genes of |Δ̂ − Δ|."""
+    return np.abs(comparison.delta_pred - comparison.delta_real).mean(axis=1)
+
+
+@register(best=0, low=0, high=INFINITY)
+def mse_delta(comparison: Comparison) -> Values:
+    """Mean over genes of (Δ̂ − Δ)²."""
+    return np.square(comparison.delta_pred - comparison.delta_real).mean(axis=1)
+
+
+@register(best=0, low=0, high=INFINITY)
+def mae(comparison: Comparison) -> Values:
+    """Mean over genes of |predicted − measured mean expression|."""
+    return np.abs(comparison.pred - comparison.real).mean(axis=1)
+
+
+@register(best=0, low=0, high=INFINITY)
+def mse(comparison: Comparison) -> Values:
+    """Mean over genes of (predicted − measured mean expression)²."""
+    return np.square(comparison.pred - comparison.real).mean(axis=1)
+
+
+def pearson_delta_top(comparison: Comparison, k: int) -> Values:
+    """Pearson Δ over the k measured DE genes of largest |log2 fold change| (all of them where there are fewer).
+
+    NaN with fewer than three DE genes: a line through two points correlates by construction.
+    """
+    value = np.full(comparison.num_perturbations, np.nan)
+    for row, ranked in enumerate(comparison.ranked_real):
+        top = ranked[:k]
+        if len(top) >= 3:
+            value[row] = row_correlation(
+                comparison.delta_pred[row : row + 1, top], comparison.delta_real[row : row + 1, top]
+            )[0]
+    return value
+
+
+for _k in (20, 50, 100):
+    register(
+        name=f"pearson_delta_top{_k}",
+        best=1,
+        low=-1,
+        high=1,
+        description=f"Pearson Δ over the {_k} measured DE genes of largest |log2 fold change|.",
+    )(partial(pearson_delta_top, k=_k))
+
+
+@register(best=0, low=0, high=INFINITY)
+def mse_deg(comparison: Comparison) -> Values:
+    """Mean of (Δ̂ − Δ)² over the measured DE genes (FDR < 0.05)."""
+    return _masked_mse(comparison, comparison.significant_real)
+
+
+@register(best=0, low=0, high=INFINITY)
+def mse_nondeg(comparison: Comparison) -> Values:
+    """Mean of (Δ̂ − Δ)² over the genes that are not measured DE genes."""
+    return _masked_mse(comparison, ~comparison.significant_real)
+
+
+@register(best=0, low=0, high=INFINITY)
+def wmse_deg(comparison: Comparison) -> Values:
+    """Mean of (Δ̂ − Δ)² over the measured DE genes, weighted by 1 / rank of |log2 fold change|, weights summing to 1."""
+    value = np.full(comparison.num_perturbations, np.nan)
+    for row, ranked in enumerate(comparison.ranked_real):
+        if len(ranked):
+            error = np.square(comparison.delta_pred[row, ranked] - comparison.delta_real[row, ranked])
+            value[row] = np.average(error, weights=1 / np.arange(1, len(ranked) + 1))
+    return value
+
+
+def row_correlation(x: Values, y: Values) -> Values:
+    """Pearson correlation of each row of x [P, G] with that row of y: [P]; NaN where a row has no variation."""
+    if not x.shape[1]:
+        return np.full(len(x), np.nan)
+    undefined = _flat(x) | _flat(y)
+    x = x - x.mean(axis=1, keepdims=True)
+    y = y - y.mean(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = np.clip((x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)), -1.0, 1.0)
+    value[undefined] = np.nan
+    return value
+
+
+def _flat(x: Values) -> NDArray[np.bool_]:
+    return np.ptp(x, axis=1) < RESOLUTION
+
+
+def _masked_mse(comparison: Comparison, mask: NDArray[np.bool_]) -> Values:
+    if comparison.de_real is None:
+        return np.full(comparison.num_perturbations, np.nan)
+    error = np.where(mask, np.square(comparison.delta_pred - comparison.delta_real), 0.0)
+    count = mask.sum(axis=1)
+    return np.where(count > 0, error.sum(axis=1) / np.maximum(count, 1), np.nan)
