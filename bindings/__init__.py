@@ -1,0 +1,1 @@
+"""The glue between kernels and PyTorch: schemas, shapes, autograd, choice of backend."""

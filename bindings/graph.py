@@ -1,0 +1,261 @@
+"""The graph ops: typed public functions, shapes for tracing, and autograd expressed in further ops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from perturbcore.bindings import backend
+from perturbcore.bindings.csr import Graph
+from perturbcore.bindings.schemas import library
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+backend.implement(library)
+_ops = torch.ops.perturbcore
+
+
+def spmm(graph: Graph, x: Tensor, weight: Tensor | None = None, reduce: Literal["sum", "mean"] = "sum") -> Tensor:
+    """Multiply the graph's sparse matrix with node features: y[b, i] = Σ over edges e: j → i of weight[b, e] · x[b, j].
+
+    ``x`` [N, D] or [B, N, D], ``weight`` [E] or [B, E] in the order of ``graph.col``; None means the graph's own
+    weight, else 1. Returns [B, N, D] if either has a batch, else [N, D]. ``reduce="mean"`` divides by the number of
+    incoming edges; a node without any gets 0. float32 or float64; differentiable in ``x`` and ``weight``. Keeps nothing
+    beside its inputs.
+    """
+    _choose("reduce", reduce, ("sum", "mean"))
+    x = _values("x", x, graph.device, None)
+    if x.dim() not in (2, 3) or x.shape[-2] != graph.num_nodes:
+        raise _refuse("x", x, f"[{graph.num_nodes}, D] or [B, {graph.num_nodes}, D]")
+    if weight is None:
+        weight = None if graph.weight is None else graph.weight.to(x.dtype)
+    else:
+        weight = _values("weight", weight, x.device, x.dtype)
+        if weight.dim() not in (1, 2) or weight.shape[-1] != graph.num_edges:
+            raise _refuse("weight", weight, f"[{graph.num_edges}] or [B, {graph.num_edges}]")
+        if weight.dim() == 2 and x.dim() == 3 and weight.shape[0] != x.shape[0]:
+            raise _refuse("weight", weight, f"[{x.shape[0]}, {graph.num_edges}], the batch of x")
+    batched = x.dim() == 3 or (weight is not None and weight.dim() == 2)
+    y = _ops.spmm.default(
+        *_csr(graph),
+        weight[None] if weight is not None and weight.dim() == 1 else weight,
+        x if x.dim() == 3 else x[None],
+    )
+    if reduce == "mean":
+        y = y / graph.degree.clamp(min=1)[:, None]
+    return y if batched else y[0]
+
+
+def gatv2(
+    graph: Graph, u: Tensor, v: Tensor, att: Tensor, negative_slope: float = 0.2, return_attention: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend over incoming edges: y[i] = Σ_j α_ij · u[j], α the softmax over j of ⟨att, leaky_relu(u[j] + v[i])⟩, per head.
+
+    ``u`` (sources) and ``v`` (destinations) [N, H, C], ``att`` [H, C]; returns [N, H, C], and with ``return_attention``
+    also the detached α [E, H] in the order of ``graph.col``. A node without incoming edges gets 0. float32 or float64;
+    differentiable in ``u``, ``v`` and ``att``. Keeps one number per node and head; the backward pass works on two per
+    edge and head. Source: Brody et al., ICLR 2022, equation 7.
+    """
+    u = _values("u", u, graph.device, None)
+    if u.dim() != 3 or u.shape[0] != graph.num_nodes:
+        raise _refuse("u", u, f"[{graph.num_nodes}, H, C]")
+    v, att = _values("v", v, u.device, u.dtype), _values("att", att, u.device, u.dtype)
+    for name, value, shape in (("v", v, u.shape), ("att", att, u.shape[1:])):
+        if value.shape != shape:
+            raise _refuse(name, value, str(list(shape)))
+    y, lse = _ops.gatv2.default(*_csr(graph), u, v, att, float(negative_slope))
+    if not return_attention:
+        return cast(Tensor, y)
+    fixed = (t.detach() for t in (u, v, att, lse))
+    return y, _ops.gatv2_attention.default(graph.rowptr, graph.col, *fixed, float(negative_slope))
+
+
+class GatedPool(NamedTuple):
+    """What :func:`gated_pool` returns."""
+
+    pooled: Tensor  # [B, D]
+    gate: Tensor  # [B, N] or [nnz]
+    score: Tensor  # [B, N] or [nnz]
+
+
+def gated_pool(
+    a: Tensor,
+    q: Tensor,
+    w: Tensor,
+    h: Tensor,
+    *,
+    bias: Tensor | None = None,
+    candidates: tuple[Tensor, Tensor] | None = None,
+    tau: float = 0.5,
+    hard: bool = True,
+    seed: int | None = None,
+    threshold: float = 0.5,
+    weighted: bool = True,
+    pool: Literal["sqrt", "sum", "mean"] = "sqrt",
+    negative_slope: float = 0.2,
+) -> GatedPool:
+    """Score every candidate node for every query, open or shut a gate on it, and pool the nodes let through.
+
+    score = ⟨w, leaky_relu(a[v] + q[p] + bias)⟩; z = score + logistic noise of index (p, v), or without a ``seed`` z =
+    score − logit(threshold); gate = 1[z > 0] with the gradient of σ(z / tau) (straight-through), or that soft value
+    where ``hard`` is False; pooled[p] = Σ_v gate · (σ(score) if ``weighted``) · h[v] / norm, the norm being 1
+    (``"sum"``), max(1, Σ gate) (``"mean"``) or its square root (``"sqrt"``).
+
+    ``a`` [N, k], ``q`` [B, k], ``w`` and ``bias`` [k], ``h`` [N, D]; ``candidates`` is None for all nodes, or CSR (ptr
+    [B + 1], idx [nnz]) of the nodes that each query may choose. Returns pooled [B, D], gate and score [B, N] or [nnz],
+    all differentiable. float32 or float64. Works on two more arrays of the size of score; the noise is drawn anew in
+    the backward pass. Source: the selection of AdaPert (arXiv 2602.18885, section 3.3), factorised.
+    """
+    _choose("pool", pool, ("sqrt", "sum", "mean"))
+    a = _values("a", a, None, None)
+    if a.dim() != 2:
+        raise _refuse("a", a, "[N, k]")
+    q, w, h = (_values(name, t, a.device, a.dtype) for name, t in (("q", q), ("w", w), ("h", h)))
+    if q.dim() != 2 or q.shape[1] != a.shape[1]:
+        raise _refuse("q", q, f"[B, {a.shape[1]}]")
+    if w.shape != a.shape[1:]:
+        raise _refuse("w", w, f"[{a.shape[1]}]")
+    if h.dim() != 2 or h.shape[0] != a.shape[0]:
+        raise _refuse("h", h, f"[{a.shape[0]}, D]")
+    if bias is not None:
+        bias = _values("bias", bias, a.device, a.dtype)
+        if bias.shape != w.shape:
+            raise _refuse("bias", bias, f"[{a.shape[1]}]")
+        q = q + bias
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"tau is {tau}; expected a finite number above 0.")
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold is {threshold}; expected a number between 0 and 1.")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; expected an integer of 64 bits.")
+    ptr, idx = _candidates(candidates, q.shape[0], a.device)
+    return GatedPool(
+        *_ops.gated_pool.default(
+            a, q, w, h, ptr, idx, float(tau), hard, seed, float(threshold), weighted, pool, float(negative_slope)
+        )
+    )
+
+
+def _csr(graph: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return graph.rowptr, graph.col, graph.t_rowptr, graph.t_col, graph.t_perm
+
+
+def _candidates(
+    candidates: tuple[Tensor, Tensor] | None, n_queries: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    if candidates is None:
+        return None, None
+    ptr, idx = candidates
+    for name, t, expected in (("candidates[0]", ptr, f"[{n_queries + 1}]"), ("candidates[1]", idx, "[nnz]")):
+        if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
+            given = getattr(t, "dtype", type(t).__name__)
+            raise ValueError(f"{name} is a {given}; expected a tensor of integers {expected}.")
+        if t.dim() != 1 or t.device != device:
+            raise _refuse(name, t, f"{expected} on {device}")
+    if ptr.shape[0] != n_queries + 1:
+        raise _refuse("candidates[0]", ptr, f"[{n_queries + 1}], one more than queries")
+    return ptr.long(), idx.long()
+
+
+def _values(name: str, value: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    """Check a floating tensor; under autocast it is computed in float32."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor.")
+    if torch.is_autocast_enabled(value.device.type) and value.is_floating_point():
+        value = value.float()
+    if value.dtype not in ((torch.float32, torch.float64) if dtype is None else (dtype,)):
+        raise ValueError(f"{name} has dtype {value.dtype}; expected {dtype or 'torch.float32 or torch.float64'}.")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} is on {value.device}; expected {device}, where the others are.")
+    return value
+
+
+def _choose(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, options))}.")
+
+
+def _refuse(name: str, value: Tensor, expected: str) -> ValueError:
+    return ValueError(f"{name} has shape {list(value.shape)}; expected {expected}.")
+
+
+@register_fake("perturbcore::spmm", lib=library)
+def _(rowptr, col, t_rowptr, t_col, t_perm, weight, x):  # type: ignore[no-untyped-def]
+    batch = x.shape[0] if weight is None else torch.broadcast_shapes(weight.shape[:1], x.shape[:1])[0]
+    return x.new_empty(batch, *x.shape[1:])
+
+
+@register_fake("perturbcore::spmm_backward", lib=library)
+def _(rowptr, col, t_rowptr, t_col, t_perm, weight, x, grad, need_x, need_weight):  # type: ignore[no-untyped-def]
+    grad_weight = x.new_empty(weight.shape if need_weight and weight is not None else 0)
+    return x.new_empty(x.shape if need_x else 0), grad_weight
+
+
+@register_fake("perturbcore::gatv2", lib=library)
+def _(rowptr, col, t_rowptr, t_col, t_perm, u, v, att, negative_slope):  # type: ignore[no-untyped-def]
+    return u.new_empty(u.shape), u.new_empty(u.shape[:2])
+
+
+@register_fake("perturbcore::gatv2_attention", lib=library)
+def _(rowptr, col, u, v, att, lse, negative_slope):  # type: ignore[no-untyped-def]
+    return u.new_empty(col.shape[0], u.shape[1])
+
+
+@register_fake("perturbcore::gatv2_backward", lib=library)
+def _(rowptr, col, t_rowptr, t_col, t_perm, u, v, att, negative_slope, y, lse, grad):  # type: ignore[no-untyped-def]
+    return u.new_empty(u.shape), u.new_empty(u.shape), u.new_empty(att.shape)
+
+
+@register_fake("perturbcore::gated_pool", lib=library)
+def _(a, q, w, h, ptr, idx, *options):  # type: ignore[no-untyped-def]
+    pairs = (q.shape[0], a.shape[0]) if idx is None else idx.shape
+    return a.new_empty(q.shape[0], h.shape[1]), a.new_empty(pairs), a.new_empty(pairs)
+
+
+@register_fake("perturbcore::gated_pool_backward", lib=library)
+def _(a, q, w, h, *others):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape) for t in (a, q, w, h))
+
+
+def _spmm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _spmm_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_weight, need_x = ctx.needs_input_grad[5:]
+    grad_x, grad_weight = _ops.spmm_backward.default(*ctx.saved_tensors, grad, need_x, need_weight)
+    return (None,) * 5 + (grad_weight if need_weight else None, grad_x if need_x else None)
+
+
+def _gatv2_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.negative_slope = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gatv2_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, y, lse = ctx.saved_tensors
+    grads = _ops.gatv2_backward.default(*inputs, ctx.negative_slope, y, lse, grad)
+    return (None,) * 5 + tuple(grads) + (None,)
+
+
+def _gated_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:6], *output)
+
+
+def _gated_pool_grad(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, outputs = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    return (*_ops.gated_pool_backward.default(*inputs, *ctx.options, *outputs, *grads), *(None,) * 9)
+
+
+def _no_second_order(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("The graph ops are differentiable once; a gradient of their gradient is not implemented.")
+
+
+register_autograd("perturbcore::spmm", _spmm_grad, setup_context=_spmm_setup, lib=library)
+register_autograd("perturbcore::gatv2", _gatv2_grad, setup_context=_gatv2_setup, lib=library)
+register_autograd("perturbcore::gated_pool", _gated_pool_grad, setup_context=_gated_pool_setup, lib=library)
+for _op in ("spmm_backward", "gatv2_backward", "gated_pool_backward"):
+    register_autograd(f"perturbcore::{_op}", _no_second_order, lib=library)

@@ -1,0 +1,36 @@
+"""The schema of every op, in one table. A backend's launcher takes exactly these arguments, in this order."""
+
+from __future__ import annotations
+
+from torch import Tag
+from torch.library import Library
+
+CSR = "Tensor rowptr, Tensor col, Tensor t_rowptr, Tensor t_col, Tensor t_perm"
+GATE = "float tau, bool hard, int? seed, float threshold, bool weighted, str pool, float negative_slope"
+POOL = f"Tensor a, Tensor q, Tensor w, Tensor h, Tensor? ptr, Tensor? idx, {GATE}"
+
+SCHEMAS = {
+    "spmm": f"({CSR}, Tensor? weight, Tensor x) -> Tensor",
+    "spmm_backward": (
+        f"({CSR}, Tensor? weight, Tensor x, Tensor grad, bool need_x, bool need_weight)"
+        " -> (Tensor grad_x, Tensor grad_weight)"
+    ),
+    "gatv2": f"({CSR}, Tensor u, Tensor v, Tensor att, float negative_slope) -> (Tensor y, Tensor lse)",
+    "gatv2_attention": (
+        "(Tensor rowptr, Tensor col, Tensor u, Tensor v, Tensor att, Tensor lse, float negative_slope) -> Tensor"
+    ),
+    "gatv2_backward": (
+        f"({CSR}, Tensor u, Tensor v, Tensor att, float negative_slope, Tensor y, Tensor lse, Tensor grad)"
+        " -> (Tensor grad_u, Tensor grad_v, Tensor grad_att)"
+    ),
+    "gated_pool": f"({POOL}) -> (Tensor pooled, Tensor gate, Tensor score)",
+    "gated_pool_backward": (
+        f"({POOL}, Tensor pooled, Tensor gate, Tensor score,"
+        " Tensor? grad_pooled, Tensor? grad_gate, Tensor? grad_score)"
+        " -> (Tensor grad_a, Tensor grad_q, Tensor grad_w, Tensor grad_h)"
+    ),
+}
+
+library = Library("perturbcore", "DEF")
+for name, schema in SCHEMAS.items():
+    library.define(name + schema, tags=(Tag.pt2_compliant_tag,))
