@@ -1,0 +1,95 @@
+"""What each metric is called and means, in the words of the report."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Words(NamedTuple):
+    """A metric for a reader: title, one line of explanation, and the value to compare with."""
+
+    title: str
+    meaning: str
+    mark: float | None = None  # a value worth a line in the plot
+    mark_label: str = ""
+
+
+NAMES = {
+    "adapert": "AdaPert",
+    "ptrag": "PT-RAG",
+    "scbig": "scBIG",
+    "aligned": "ALIGNED",
+    "control_mean": "Control mean",
+    "perturbation_mean": "Perturbation mean",
+    "additive": "Additive",
+    "nearest_neighbour": "Nearest neighbour",
+    "ridge": "Ridge",
+}
+
+SECTIONS = [
+    ("summary", "Summary"),
+    ("scores", "Scores"),
+    ("perturbations", "Perturbations"),
+    ("collapse", "Collapse"),
+    ("subgraph", "Selected genes"),
+    ("training", "Training"),
+    ("data", "Data"),
+    ("skipped", "Skipped"),
+    ("method", "Method"),
+]
+
+LEADERBOARD = {
+    "pearson_delta": Words(
+        "Pearson Δ", "Does the predicted shift from control point the same way, gene by gene?", 0, "no relation"
+    ),
+    "discrimination_score_l1": Words(
+        "Discrimination", "Is the prediction nearer to its own perturbation than to the others tested?", 0.5, "chance"
+    ),
+    "pearson_delta_top50": Words(
+        "Pearson Δ, top 50 genes", "The same agreement, on the genes that respond most.", 0, "no relation"
+    ),
+    "overlap_at_N": Words("DE gene overlap", "Share of the truly responding genes that are found.", 0, "none"),
+    "de_direction_match": Words(
+        "Direction", "Share of responding genes predicted to move the right way.", 0.5, "a coin"
+    ),
+    "mae_delta": Words("Error of Δ", "Mean absolute error of the predicted shift, on the log scale."),
+}
+
+COLLAPSE = {
+    "variance_ratio": Words(
+        "Variance ratio",
+        "How much predictions differ between perturbations, against how much cells really do.",
+        1,
+        "as measured",
+    ),
+    "shrinkage_slope": Words(
+        "Shrinkage",
+        "Slope of predicted on measured shift in responding genes; below 1 the effects come out too small.",
+        1,
+        "full size",
+    ),
+    "skill_over_mean": Words(
+        "Skill over the mean",
+        "Error saved against predicting the average training response for everything.",
+        0,
+        "the mean",
+    ),
+    "self_similarity_excess": Words(
+        "Excess similarity", "How much more alike the predictions are than the measured responses.", 0, "as measured"
+    ),
+    "effective_rank_ratio": Words(
+        "Effective rank", "How many independent directions the predictions span.", 1, "as measured"
+    ),
+    "centroid_accuracy": Words(
+        "Centroid accuracy",
+        "Share of other perturbations that lie further from the prediction than its own.",
+        0.5,
+        "chance",
+    ),
+    "systema_pearson_delta": Words(
+        "Pearson against the perturbed mean",
+        "Agreement left once the response common to all perturbations is taken away.",
+        0,
+        "no relation",
+    ),
+}
