@@ -24,7 +24,7 @@ MODULES = {
 }
 SERVES = {
     "reference": frozenset(FAMILY),
-    "numba": frozenset(FAMILY),
+    "numba": frozenset(),
     "triton": frozenset({"spmm", "spmm_backward"}),
     "cuda": frozenset({"spmm"}),
 }

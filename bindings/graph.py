@@ -50,7 +50,7 @@ def spmm(graph: Graph, x: Tensor, weight: Tensor | None = None, reduce: Literal[
 def gatv2(
     graph: Graph, u: Tensor, v: Tensor, att: Tensor, negative_slope: float = 0.2, return_attention: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend over incoming edges: y[i] = Σ_j α_ij · u[j], α the softmax over j of ⟨att, leaky_relu(u[j] + v[i])⟩, per head.
+    """Attend over incoming edges: y[i] = Σ_j α_ij · u[j], α the softmax over j of ⟨att, leaky_relu(u[j] + v[i])⟩.
 
     ``u`` (sources) and ``v`` (destinations) [N, H, C], ``att`` [H, C]; returns [N, H, C], and with ``return_attention``
     also the detached α [E, H] in the order of ``graph.col``. A node without incoming edges gets 0. float32 or float64;
