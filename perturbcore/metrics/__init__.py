@@ -1,19 +1,29 @@
 """Metrics of predicted perturbation responses, differential expression and the evaluation that joins them."""
 
+from perturbcore.metrics import collapse as collapse
+from perturbcore.metrics import deg as deg
 from perturbcore.metrics import delta as delta
 from perturbcore.metrics import discrimination as discrimination
 from perturbcore.metrics.comparison import Comparison
 from perturbcore.metrics.de import DEGLabels, DETable, deg_labels, differential_expression, rank_sum
+from perturbcore.metrics.evaluate import evaluate, score
 from perturbcore.metrics.registry import METRICS, Metric, register
+from perturbcore.metrics.scores import Paired, Scores
+from perturbcore.metrics.verdict import BASELINES
 
 __all__ = [
+    "BASELINES",
     "METRICS",
     "Comparison",
     "DEGLabels",
     "DETable",
     "Metric",
+    "Paired",
+    "Scores",
     "deg_labels",
     "differential_expression",
+    "evaluate",
     "rank_sum",
     "register",
+    "score",
 ]

@@ -1,0 +1,160 @@
+"""Agreement of predicted and measured differential expression; names and formulas are cell-eval's where it has them.
+
+Measured and predicted cells are each tested against control cells (`metrics.de`); a gene is called at FDR < 0.05 and
+ranked by |log2 fold change|. Where cell-eval writes 0 for a perturbation without called genes, these are NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from perturbcore.metrics.comparison import Comparison, Values
+from perturbcore.metrics.delta import INFINITY, row_correlation
+from perturbcore.metrics.registry import register
+
+RESPONSE_THRESHOLD = 0.1  # |Δ| in log1p units beyond which an unchanged gene counts as a false responder
+
+
+def overlap_at(comparison: Comparison, k: int | None) -> Values:
+    """Shared genes among the top k of both rankings / k, with k at most the number of measured DE genes.
+
+    k = None takes all measured DE genes. NaN where nothing is measured as differentially expressed.
+    """
+    return _shared_top(comparison, k, depth=lambda real, pred: len(real))
+
+
+def precision_at(comparison: Comparison, k: int | None) -> Values:
+    """Shared genes among the top k of both rankings / k, with k at most the number of predicted DE genes.
+
+    k = None takes all predicted DE genes. NaN where nothing is predicted as differentially expressed.
+    """
+    return _shared_top(comparison, k, depth=lambda real, pred: len(pred))
+
+
+for _k in (None, 50, 100, 200):
+    _label = _k or "N"
+    register(
+        name=f"overlap_at_{_label}",
+        best=1,
+        low=0,
+        high=1,
+        description=f"Share of the top {_label} measured DE genes found among as many top predicted ones.",
+    )(partial(overlap_at, k=_k))
+    register(
+        name=f"precision_at_{_label}",
+        best=1,
+        low=0,
+        high=1,
+        description=f"Share of the top {_label} predicted DE genes found among as many top measured ones.",
+    )(partial(precision_at, k=_k))
+
+
+@register(best=1, low=0, high=1)
+def de_direction_match(comparison: Comparison) -> Values:
+    """Share of measured DE genes whose predicted log2 fold change has the measured sign."""
+    if comparison.de_real is None or comparison.de_pred is None:
+        return _undefined(comparison)
+    same = np.sign(comparison.de_real.log2_fold_change) == np.sign(comparison.de_pred.log2_fold_change)
+    return _ratio((same & comparison.significant_real).sum(axis=1), comparison.significant_real.sum(axis=1))
+
+
+@register(best=1, low=-1, high=1)
+def de_spearman_lfc_sig(comparison: Comparison) -> Values:
+    """Spearman correlation over the measured DE genes of predicted and measured log2 fold change."""
+    value = _undefined(comparison)
+    if comparison.de_real is None or comparison.de_pred is None:
+        return value
+    real, pred = comparison.de_real.log2_fold_change, comparison.de_pred.log2_fold_change
+    for row, genes in enumerate(comparison.ranked_real):
+        if len(genes) > 1:
+            value[row] = row_correlation(rankdata(pred[row, genes])[None], rankdata(real[row, genes])[None])[0]
+    return value
+
+
+@register(best=1, low=0, high=1)
+def de_sig_genes_recall(comparison: Comparison) -> Values:
+    """Share of measured DE genes that are predicted DE genes."""
+    shared, real, _ = _counts(comparison)
+    return _ratio(shared, real)
+
+
+@register(best=1, low=0, high=1)
+def de_sig_genes_precision(comparison: Comparison) -> Values:
+    """Share of predicted DE genes that are measured DE genes."""
+    shared, _, pred = _counts(comparison)
+    return _ratio(shared, pred)
+
+
+@register(best=1, low=0, high=1)
+def de_sig_genes_f1(comparison: Comparison) -> Values:
+    """Harmonic mean of recall and precision of the DE genes; NaN where none is measured."""
+    shared, real, pred = _counts(comparison)
+    return np.where(real > 0, _ratio(2 * shared, real + pred), np.nan)
+
+
+@register(best=None, low=0, high=INFINITY)
+def de_nsig_counts_real(comparison: Comparison) -> Values:
+    """Number of measured DE genes."""
+    return _counts(comparison)[1]
+
+
+@register(best=None, low=0, high=INFINITY)
+def de_nsig_counts_pred(comparison: Comparison) -> Values:
+    """Number of predicted DE genes; far more of them than measured ones goes with mean collapse."""
+    return _counts(comparison)[2]
+
+
+@register(name="fpr_at_0.1", best=0, low=0, high=1)
+def false_positive_rate(comparison: Comparison) -> Values:
+    """Share of the genes that are not measured DE genes whose predicted |Δ| exceeds 0.1."""
+    unchanged, called = _unchanged(comparison), np.abs(comparison.delta_pred) > RESPONSE_THRESHOLD
+    return _ratio((unchanged & called).sum(axis=1), unchanged.sum(axis=1))
+
+
+@register(name="fdp_at_0.1", best=0, low=0, high=1)
+def false_discovery_proportion(comparison: Comparison) -> Values:
+    """Share of the genes with predicted |Δ| above 0.1 that are not measured DE genes; NaN where there are none."""
+    unchanged, called = _unchanged(comparison), np.abs(comparison.delta_pred) > RESPONSE_THRESHOLD
+    ratio = _ratio((unchanged & called).sum(axis=1), called.sum(axis=1))
+    return ratio if comparison.de_real is not None else _undefined(comparison)
+
+
+def _shared_top(
+    comparison: Comparison, k: int | None, depth: Callable[[NDArray[np.int64], NDArray[np.int64]], int]
+) -> Values:
+    value = _undefined(comparison)
+    if comparison.de_real is None or comparison.de_pred is None:
+        return value
+    for row, (real, pred) in enumerate(zip(comparison.ranked_real, comparison.ranked_pred, strict=True)):
+        top = min(k or len(comparison.genes), depth(real, pred))
+        if top:
+            value[row] = len(np.intersect1d(real[:top], pred[:top])) / top
+    return value
+
+
+def _counts(comparison: Comparison) -> tuple[Values, Values, Values]:
+    """Numbers of shared, measured and predicted DE genes, each float64 [P]; NaN without the table behind them."""
+    real = _undefined(comparison) if comparison.de_real is None else comparison.significant_real.sum(axis=1) * 1.0
+    pred = _undefined(comparison) if comparison.de_pred is None else comparison.significant_pred.sum(axis=1) * 1.0
+    shared = (comparison.significant_real & comparison.significant_pred).sum(axis=1) * 1.0
+    return np.where(np.isnan(real) | np.isnan(pred), np.nan, shared), real, pred
+
+
+def _unchanged(comparison: Comparison) -> NDArray[np.bool_]:
+    if comparison.de_real is None:
+        return np.zeros(comparison.real.shape, dtype=bool)
+    return ~comparison.significant_real
+
+
+def _ratio(part: NDArray[np.generic], whole: NDArray[np.generic]) -> Values:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(whole > 0, part / whole, np.nan)
+
+
+def _undefined(comparison: Comparison) -> Values:
+    return np.full(comparison.num_perturbations, np.nan)
