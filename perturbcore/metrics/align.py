@@ -45,8 +45,9 @@ def align(name: str, prediction: AnnData, real: Screen) -> Screen:
     x = prediction.X[:, columns]
     check_values(x, prediction.obs_names.to_numpy(), var.index.to_numpy())
     scale, _ = declared_scale(prediction.uns) or resolve_scale(x, "auto", prediction.uns)
-    sums = (scale.target_sum, real.scale.target_sum)
-    if scale.kind != real.scale.kind or (None not in sums and not np.isclose(*sums, rtol=1e-4)):
+    own, wanted = scale.target_sum, real.scale.target_sum
+    same_sum = own is None or wanted is None or np.isclose(own, wanted, rtol=1e-4)
+    if scale.kind != real.scale.kind or not same_sum:
         raise DataError(f"Prediction {name!r} is {scale}, the screen is {real.scale}; bring both to one scale.")
     return Screen(
         AnnData(X=x, obs=obs, var=var),

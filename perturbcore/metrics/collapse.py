@@ -65,7 +65,8 @@ def perturbench_rank(comparison: Comparison, distance: Distance) -> Values:
     return ((apart <= np.diagonal(apart)[:, None]).sum(axis=1) - 1) / (count - 1)
 
 
-for _name, _distance in (("rmse", "l2"), ("cosine", "cosine")):
+_RANKED_BY: dict[str, Distance] = {"rmse": "l2", "cosine": "cosine"}
+for _name, _distance in _RANKED_BY.items():
     register(
         name=f"perturbench_rank_{_name}",
         best=0,

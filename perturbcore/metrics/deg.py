@@ -6,8 +6,9 @@ ranked by |log2 fold change|. Where cell-eval writes 0 for a perturbation withou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from perturbcore.metrics.delta import INFINITY, row_correlation
 from perturbcore.metrics.registry import register
 
 RESPONSE_THRESHOLD = 0.1  # |Δ| in log1p units beyond which an unchanged gene counts as a false responder
+SMALLEST_FDR = 1e-10  # what cell-eval reads an FDR of 0 as
 
 
 def overlap_at(comparison: Comparison, k: int | None) -> Values:
@@ -36,7 +38,7 @@ def precision_at(comparison: Comparison, k: int | None) -> Values:
     return _shared_top(comparison, k, depth=lambda real, pred: len(pred))
 
 
-for _k in (None, 50, 100, 200):
+for _k in (None, 50, 100, 200, 500):
     _label = _k or "N"
     register(
         name=f"overlap_at_{_label}",
@@ -109,6 +111,47 @@ def de_nsig_counts_pred(comparison: Comparison) -> Values:
     return _counts(comparison)[2]
 
 
+@register(best=1, low=-1, high=1, level="model")
+def de_spearman_sig(comparison: Comparison, weights: Values) -> Values:
+    """Spearman correlation over perturbations of the numbers of measured and predicted DE genes.
+
+    Perturbations without a measured DE gene are left out.
+    """
+    _, real, pred = _counts(comparison)
+    value = np.full(len(weights), np.nan)
+    for row, weight in enumerate(weights):
+        drawn = np.repeat(np.arange(len(real)), np.where(real > 0, weight, 0).astype(int))
+        if len(drawn) > 1:
+            value[row] = row_correlation(rankdata(pred[drawn])[None], rankdata(real[drawn])[None])[0]
+    return value
+
+
+@register(best=1, low=0, high=1)
+def roc_auc(comparison: Comparison) -> Values:
+    """Chance that a measured DE gene has a lower predicted FDR than another gene, ties counted half.
+
+    cell-eval rounds the FDR to float32 first, which ties a few more genes.
+    """
+    value = _undefined(comparison)
+    for row, label, score in _labelled_scores(comparison):
+        n_positive = label.sum()
+        rank_sum = rankdata(score)[label].sum()
+        value[row] = (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * (len(label) - n_positive))
+    return value
+
+
+@register(best=1, low=0, high=1)
+def pr_auc(comparison: Comparison) -> Values:
+    """Average precision in finding the measured DE genes by predicted FDR, genes of equal FDR taken together."""
+    value = _undefined(comparison)
+    for row, label, score in _labelled_scores(comparison):
+        _, group = np.unique(-score, return_inverse=True)
+        found = np.bincount(group, weights=label)
+        precision = np.cumsum(found) / np.cumsum(np.bincount(group))
+        value[row] = (precision * found).sum() / label.sum()
+    return value
+
+
 @register(name="fpr_at_0.1", best=0, low=0, high=1)
 def false_positive_rate(comparison: Comparison) -> Values:
     """Share of the genes that are not measured DE genes whose predicted |Δ| exceeds 0.1."""
@@ -137,6 +180,16 @@ def _shared_top(
     return value
 
 
+def _labelled_scores(comparison: Comparison) -> Iterator[tuple[int, NDArray[np.bool_], Values]]:
+    """Row, measured DE genes and −log10 predicted FDR (0 read as 1e-10), where some but not all genes are DE."""
+    if comparison.de_real is None or comparison.de_pred is None:
+        return
+    fdr = np.where(comparison.de_pred.fdr == 0, SMALLEST_FDR, comparison.de_pred.fdr)
+    for row, (label, score) in enumerate(zip(comparison.significant_real, -np.log10(fdr), strict=True)):
+        if label.any() and not label.all() and np.isfinite(score).all():
+            yield row, label, score
+
+
 def _counts(comparison: Comparison) -> tuple[Values, Values, Values]:
     """Numbers of shared, measured and predicted DE genes, each float64 [P]; NaN without the table behind them."""
     real = _undefined(comparison) if comparison.de_real is None else comparison.significant_real.sum(axis=1) * 1.0
@@ -151,7 +204,7 @@ def _unchanged(comparison: Comparison) -> NDArray[np.bool_]:
     return ~comparison.significant_real
 
 
-def _ratio(part: NDArray[np.generic], whole: NDArray[np.generic]) -> Values:
+def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> Values:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(whole > 0, part / whole, np.nan)
 
