@@ -74,6 +74,35 @@ class Run:
             subgraph_edges=_table(edges, ("perturbation", "source", "target")) if edges.exists() else None,
         )
 
+    def fitted(self, kind: str) -> list[str]:
+        """Names of the fitted models of a kind, "model" or "baseline", in the order they ran."""
+        return [name for name, m in self.manifest["models"].items() if m["kind"] == kind and m["status"] == "fitted"]
+
+    def tone(self, model: str) -> str:
+        """The colour class of a model: one hue for each trained model, one grey for all baselines."""
+        trained = self.fitted("model")
+        return f"m{trained.index(model) % 4}" if model in trained else "base"
+
+    def score(self, model: str, metric: str) -> pd.Series | None:
+        """The row of `scores` of a model and metric; None where there is no finite one."""
+        found = self.scores[(self.scores["model"] == model) & (self.scores["metric"] == metric)]
+        return found.iloc[0] if len(found) and np.isfinite(found.iloc[0]["mean"]) else None
+
+    def best(self, metric: str) -> float | None:
+        """The best value a metric can have, None where no value is best in itself."""
+        return self.manifest["metrics"].get(metric, {}).get("best")
+
+    def gap(self, metric: str, value: float) -> float:
+        """How far a value is from the metric's best; a metric without one ranks larger values first."""
+        best = self.best(metric)
+        return -value if best is None else abs(value - best)
+
+    def best_baseline(self, metric: str) -> tuple[str, float] | None:
+        """The baseline nearest to the metric's best value, and its mean."""
+        scores = {name: self.score(name, metric) for name in self.fitted("baseline")}
+        means = [(name, float(score["mean"])) for name, score in scores.items() if score is not None]
+        return min(means, key=lambda pair: self.gap(metric, pair[1]), default=None)
+
 
 def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     if not path.exists():

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
+from markupsafe import Markup
 
-from perturbcore.report import svg
+from perturbcore.report import figures
 from perturbcore.report.folder import Run
+from perturbcore.report.panels import panels, table
 from perturbcore.report.svg import number
-from perturbcore.report.words import COLLAPSE, LEADERBOARD, NAMES, SECTIONS, Words
-
-MOST_PERTURBATIONS = 60  # drawn; a larger page than this is neither read nor mailed
-MOST_SUBGRAPHS = 40
-MOST_PER_COLUMN = 16
+from perturbcore.report.words import COLLAPSE, LEADERBOARD, NAMES, SECTIONS, count, listing, spelled
 
 
 def write(folder: str | Path) -> Path:
@@ -42,376 +37,158 @@ def render(run: Run) -> str:
     source = files("perturbcore.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((source / "report.html").read_text(encoding="utf-8"))
-    css = (source / "report.css").read_text(encoding="utf-8")
-    return template.render(css=svg.Markup(css), **view(run))
-
-
-def view(run: Run) -> dict[str, Any]:
-    """Return everything the template names."""
-    tones = _tones(run)
-    return {
-        "job": run.manifest["job"],
-        "started": run.manifest["started"][:16].replace("T", " "),
-        "folder": run.path.name,
-        "sections": SECTIONS,
-        "lede": _lede(run),
-        "tiles": _tiles(run, tones),
-        "verdicts": [
-            {"name": NAMES.get(m, m), "tone": tones[m], "sentences": sentences}
-            for m, sentences in run.manifest["verdict"].items()
-            if sentences and (m in _trained(run) or not _trained(run))
-        ],
-        "n_test": len(run.deltas.perturbations),
-        "leaderboard": _panels(run, LEADERBOARD, tones),
-        "collapse": _panels(run, COLLAPSE, tones),
-        "table": _table(run),
-        "perturbations": _perturbations(run, tones),
-        "subgraphs": _subgraphs(run),
-        "training": [_training(name, curve, tones) for name, curve in run.curves.items() if len(curve) > 1],
-        **_facts(run),
-    }
-
-
-def _models(run: Run, kind: str) -> list[str]:
-    return [name for name, m in run.manifest["models"].items() if m["kind"] == kind and m["status"] == "fitted"]
-
-
-def _trained(run: Run) -> list[str]:
-    return _models(run, "model")
-
-
-def _tones(run: Run) -> dict[str, str]:
-    """The colour class of each model: one hue each for models, one grey for all baselines."""
-    tones = dict.fromkeys(run.manifest["models"], "base")
-    return tones | {name: f"m{i % 4}" for i, name in enumerate(_trained(run))}
-
-
-def _score(run: Run, model: str, metric: str) -> pd.Series | None:
-    found = run.scores[(run.scores["model"] == model) & (run.scores["metric"] == metric)]
-    return found.iloc[0] if len(found) and math.isfinite(found.iloc[0]["mean"]) else None
-
-
-def _distance_from_best(run: Run, metric: str, value: float) -> float:
-    """How far a value is from the best the metric can be; metrics without one rank by size."""
-    best = run.manifest["metrics"].get(metric, {}).get("best")
-    return abs(value - best) if best is not None else -value
-
-
-def _best_baseline(run: Run, metric: str) -> tuple[str, float] | None:
-    found = [
-        (name, float(s["mean"])) for name in _models(run, "baseline") if (s := _score(run, name, metric)) is not None
-    ]
-    return min(found, key=lambda pair: _distance_from_best(run, metric, pair[1]), default=None)
+    css = Markup((source / "report.css").read_text(encoding="utf-8"))
+    return template.render(
+        css=css,
+        job=run.manifest["job"],
+        started=run.manifest["started"][:16].replace("T", " "),
+        folder=run.path.name,
+        sections=SECTIONS,
+        lede=_lede(run),
+        tiles=_tiles(run),
+        verdicts=[_verdict(run, model) for model in run.fitted("model") or run.fitted("baseline")],
+        n_test=len(run.deltas.perturbations),
+        leaderboard=panels(run, LEADERBOARD),
+        collapse=panels(run, COLLAPSE),
+        table=table(run),
+        perturbations=figures.perturbations(run),
+        subgraphs=figures.subgraphs(run),
+        training=figures.training(run),
+        data=_data(run),
+        split=_split(run),
+        knowledge=[(k["name"], k["words"]) for k in run.manifest["knowledge"]],
+        skipped=_skipped(run),
+        method=_method(run),
+    )
 
 
 def _lede(run: Run) -> str:
-    parts = {row["part"]: row for row in run.manifest["split"]["totals"]}
-    models, baselines = [NAMES.get(m, m) for m in _trained(run)], len(_models(run, "baseline"))
-    who = _and([*models, _count(baselines, "baseline")] if baselines else models)
-    trained = _count(parts["train"]["perturbations"] + parts["val"]["perturbations"], "perturbation")
-    tested = _count(parts["test"]["perturbations"], "perturbation")
-    name, contexts = run.manifest["split"]["name"], sorted(set(run.deltas.contexts))
-    where = "" if contexts == ["all"] else f" in {_and(contexts)}"
-    if name == "unseen_perturbation":
-        return f"{who} learned from {trained} and predicted the response to {tested} they had never seen{where}."
-    if name == "unseen_context":
-        return f"{who} learned from {trained} elsewhere and predicted the response to {tested}{where}, where they had seen control cells only."
-    return f"{who} learned from {trained} and predicted the response to {tested} held out by the split “{name}”{where}."
+    split, contexts = run.manifest["split"], sorted(set(run.deltas.contexts))
+    models = [NAMES.get(m, m) for m in run.fitted("model")]
+    who = listing([*models, f"{spelled(len(run.fitted('baseline')))} baselines"])
+    who = who[0].upper() + who[1:]
+    learned, tested = count(split["learned"], "perturbation"), count(split["tested"], "perturbation")
+    where = "" if contexts == ["all"] else f" in {listing(contexts)}"
+    if split["name"] == "unseen_perturbation":
+        return f"{who} learned from {learned} and predicted the response to {tested} never seen in training{where}."
+    if split["name"] == "unseen_context":
+        return f"{who} learned from {learned} elsewhere and predicted {tested}{where}, having seen only its controls."
+    return f"{who} learned from {learned} and predicted {tested} that the split “{split['name']}” holds out{where}."
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
-
-
-def _and(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _tiles(run: Run, tones: Mapping[str, str]) -> list[dict[str, str]]:
+def _tiles(run: Run) -> list[dict[str, str]]:
     """The headline numbers of each trained model, each against the best baseline."""
     tiles = []
-    for model in _trained(run):
+    for model in run.fitted("model"):
         for metric in ("pearson_delta", "discrimination_score_l1", "variance_ratio"):
-            score, words = _score(run, model, metric), (LEADERBOARD | COLLAPSE)[metric]
+            score, words = run.score(model, metric), (LEADERBOARD | COLLAPSE)[metric]
+            rival = run.best_baseline(metric) if metric in LEADERBOARD else None
             if score is None:
                 continue
-            against = f"{words.mark_label}: {words.mark:g}" if words.mark_label else ""
-            if metric != "variance_ratio" and (rival := _best_baseline(run, metric)):
-                against = f"best baseline: {NAMES.get(rival[0], rival[0])}, {number(rival[1])}"
+            against = f"best baseline: {NAMES.get(rival[0], rival[0]).lower()}, {number(rival[1])}" if rival else ""
             tiles.append(
                 {
                     "label": f"{NAMES.get(model, model)} · {words.title}",
                     "value": number(score["mean"]),
-                    "against": against,
-                    "tone": tones[model],
+                    "against": against or "1 is as varied as measured",
+                    "tone": run.tone(model),
                 }
             )
     return tiles
 
 
-def _panels(run: Run, metrics: Mapping[str, Words], tones: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [p for metric, words in metrics.items() if (p := _panel(run, metric, words, tones))["rows"]]
-
-
-def _panel(run: Run, metric: str, words: Words, tones: Mapping[str, str]) -> dict[str, Any]:
-    """One metric over all models: positions in percent of the track, best model first."""
-    scores = run.scores[(run.scores["metric"] == metric) & np.isfinite(run.scores["mean"])]
-    order = sorted(scores.index, key=lambda i: _distance_from_best(run, metric, scores.at[i, "mean"]))
-    scores = scores.loc[order]
-    ends = [scores["mean"], scores["ci_low"], scores["ci_high"], [] if words.mark is None else [words.mark]]
-    values = np.concatenate([np.asarray(e, float) for e in ends])
-    values = values[np.isfinite(values)]
-    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-
-    def at(value: float) -> float:
-        return round(3 + 94 * (value - low) / ((high - low) or 1.0), 2)
-
-    rows = []
-    for score in scores.itertuples():
-        bounded = math.isfinite(score.ci_low) and math.isfinite(score.ci_high)
-        rows.append(
-            {
-                "name": NAMES.get(score.model, score.model),
-                "tone": tones.get(score.model, "base"),
-                "value": number(score.mean),
-                "interval": f"{number(score.ci_low)} to {number(score.ci_high)}" if bounded else "",
-                "at": at(score.mean),
-                "start": at(score.ci_low) if bounded else None,
-                "width": round(at(score.ci_high) - at(score.ci_low), 2) if bounded else None,
-            }
-        )
-    best = run.manifest["metrics"].get(metric, {}).get("best")
+def _verdict(run: Run, model: str) -> dict[str, Any]:
+    """First whether the model beats every baseline, metric by metric, then the sentences of the evaluation."""
+    sentences = [_headline(run, model, metric) for metric in ("pearson_delta", "discrimination_score_l1")]
+    sentences += run.manifest["verdict"].get(model, [])
+    spellings = {name: title.lower() for name, title in NAMES.items() if "_" in name}
     return {
-        "title": words.title,
-        "meaning": words.meaning,
-        "better": {None: "", 0.0: "lower is better", 1.0: "higher is better"}.get(best, "")
-        if words.mark != best
-        else f"best at {best:g}",
-        "rows": rows,
-        "mark_at": None if words.mark is None else at(words.mark),
-        "mark_label": words.mark_label and f"{words.mark_label} ({words.mark:g})",
-    }
-
-
-def _table(run: Run) -> dict[str, Any]:
-    models = [*_trained(run), *_models(run, "baseline")]
-    rows = []
-    for metric in dict.fromkeys(run.scores["metric"]):
-        scores = {m: _score(run, m, metric) for m in models}
-        gaps = {m: _distance_from_best(run, metric, s["mean"]) for m, s in scores.items() if s is not None}
-        known = run.manifest["metrics"].get(metric, {}).get("best") is not None
-        cells = []
-        for model, score in scores.items():
-            bounded = score is not None and math.isfinite(score["ci_low"])
-            cells.append(
-                {
-                    "value": "–" if score is None else number(score["mean"]),
-                    "interval": f"{number(score['ci_low'])} to {number(score['ci_high'])}" if bounded else "",
-                    "best": known and model in gaps and gaps[model] == min(gaps.values()),
-                }
-            )
-        rows.append({"metric": metric, "cells": cells})
-    return {"models": [NAMES.get(m, m) for m in models], "rows": rows}
-
-
-def _perturbations(run: Run, tones: Mapping[str, str]) -> dict[str, Any]:
-    """Every test condition by falling size of the measured effect, drawn for the models and the best baseline."""
-    d = run.deltas
-    rival = _best_baseline(run, "pearson_delta")
-    shown = [m for m in [*_trained(run), *([rival[0]] if rival else [])] if m in d.predicted]
-    correlation = run.per_perturbation[run.per_perturbation["metric"] == "pearson_delta"]
-    pearson = {(r.model, r.context, r.perturbation): float(r.value) for r in correlation.itertuples()}
-    size = np.linalg.norm(np.nan_to_num(d.real), axis=1)
-    order = np.argsort(-size, kind="stable")
-    several = len(set(d.contexts)) > 1
-    rows = []
-    for i in order[:MOST_PERTURBATIONS]:
-        context, label = d.contexts[i], d.perturbations[i]
-        values = {m: pearson.get((m, context, label), math.nan) for m in shown}
-        where = f"{label} in {context}" if several else label
-        names = {m: NAMES.get(m, m) for m in shown}
-        rows.append(
-            {
-                "name": label,
-                "context": context if several else "",
-                "effect_width": round(100 * float(size[i] / (size.max() or 1.0)), 1),
-                "scores": [{"value": number(values[m], 2), "tone": tones[m]} for m in shown],
-                "scatters": [
-                    {
-                        "caption": f"{names[m]}: Pearson Δ {number(values[m], 2)}",
-                        "svg": svg.scatter(
-                            d.real[i],
-                            d.predicted[m][i],
-                            d.genes,
-                            tone=tones[m],
-                            alt=f"Scatter of predicted against measured shift of {len(d.genes)} genes for {where}, {names[m]}; "
-                            f"Pearson correlation {number(values[m], 2)}.",
-                        ),
-                    }
-                    for m in shown
-                ],
-                "movers": svg.movers(
-                    d.real[i],
-                    {names[m]: d.predicted[m][i] for m in shown},
-                    d.genes,
-                    {names[m]: tones[m] for m in shown},
-                    alt=f"The genes that {where} moves most: measured shift as bars, predictions as dots.",
-                ),
-            }
-        )
-    return {
-        "models": [{"name": NAMES.get(m, m), "tone": tones[m]} for m in shown],
-        "rows": rows,
-        "total": len(order),
-        "left_out": max(len(order) - MOST_PERTURBATIONS, 0),
-    }
-
-
-def _subgraphs(run: Run) -> dict[str, Any]:
-    empty = {"rows": [], "left_out": 0}
-    if run.subgraph is None or run.subgraph.empty:
-        adapert = run.manifest["models"].get("adapert")
-        reason = (
-            "AdaPert was not part of this run."
-            if adapert is None
-            else (
-                "AdaPert kept no gene for the test perturbations."
-                if adapert["status"] == "fitted"
-                else f"AdaPert was skipped: {adapert['reason']}"
-            )
-        )
-        return empty | {"reason": reason}
-    d = run.deltas
-    column = {gene: i for i, gene in enumerate(d.genes)}
-    tested = [p for p in dict.fromkeys(d.perturbations) if p in set(run.subgraph["perturbation"])]
-    rows_of = {p: [i for i, q in enumerate(d.perturbations) if q == p] for p in tested}
-    tested.sort(key=lambda p: -float(np.linalg.norm(np.nan_to_num(d.real[rows_of[p]]), axis=1).max()))
-    predicted = d.predicted.get("adapert", np.full_like(d.real, np.nan))
-    rows = []
-    for label in tested[:MOST_SUBGRAPHS]:
-        nodes = run.subgraph[run.subgraph["perturbation"] == label].sort_values("score", ascending=False, kind="stable")
-        hops = {str(g): int(h) for g, h in zip(nodes["gene"], nodes["hops"], strict=True)}
-        hops = {g: h for g, h in hops.items() if h >= 0}
-        kept: list[str] = []
-        for depth in range(3):
-            kept += [g for g, h in hops.items() if min(h, 2) == depth][:MOST_PER_COLUMN]
-        mean = d.real[rows_of[label]].mean(axis=0)
-        guess = predicted[rows_of[label]].mean(axis=0)
-        shift = {g: float(mean[column[g]]) for g in kept if g in column}
-        edges = []
-        if run.subgraph_edges is not None:
-            here = run.subgraph_edges[run.subgraph_edges["perturbation"] == label]
-            edges = list(zip(here["source"], here["target"], strict=True))
-        more = len(nodes) - len(kept)
-        rows.append(
-            {
-                "name": label,
-                "count": _count(len(nodes), "gene"),
-                "svg": svg.network(
-                    {g: hops[g] for g in kept},
-                    edges,
-                    shift,
-                    alt=f"{_count(len(kept), 'gene')} that AdaPert selected for {label}, by distance from the perturbed gene.",
-                )
-                if kept
-                else "",
-                "note": f"The {len(kept)} with the highest scores are drawn, {more} more stand in models/adapert/subgraph.csv."
-                if more
-                else "",
-                "genes": [
-                    {
-                        "gene": r.gene,
-                        "hops": int(r.hops) if r.hops >= 0 else "–",
-                        "score": number(r.score, 2),
-                        "measured": number(float(mean[column[r.gene]]), 2) if r.gene in column else "–",
-                        "predicted": number(float(guess[column[r.gene]]), 2) if r.gene in column else "–",
-                    }
-                    for r in nodes.head(12).itertuples()
-                ],
-            }
-        )
-    return {"rows": rows, "left_out": max(len(tested) - MOST_SUBGRAPHS, 0), "reason": ""}
-
-
-def _training(name: str, curve: pd.DataFrame, tones: Mapping[str, str]) -> dict[str, Any]:
-    """Loss and validation score over epochs; the record of epoch 0 holds nothing but the validation score."""
-    title, tone = NAMES.get(name, name), tones.get(name, "base")
-    first = curve.iloc[0]
-    metric = next((c for c in curve.columns if c not in ("epoch", "loss") and pd.notna(first[c])), None)
-    epochs = curve["epoch"].to_numpy(float)
-    best = None if metric is None else float(epochs[int(np.nanargmax(curve[metric].to_numpy(float)))])
-    series = {"loss": "Training loss"} | ({metric: f"Validation {str(metric).replace('_', ' ')}"} if metric else {})
-    figures = [
-        {
-            "caption": f"{caption} by epoch",
-            "svg": svg.curve(
-                epochs,
-                {column: curve[column].to_numpy(float)},
-                tones={column: tone},
-                best=best,
-                alt=f"{caption} of {title} over {int(epochs.max())} epochs, last value {number(float(curve[column].dropna().iloc[-1]))}.",
-            ),
-        }
-        for column, caption in series.items()
-        if column in curve and curve[column].notna().any()
-    ]
-    words = f"{_count(int(epochs.max()), 'epoch')}."
-    if best is not None:
-        words += f" The weights of epoch {best:.0f} were kept, the best on validation perturbations; test perturbations played no part."
-    return {"name": title, "words": words, "figures": figures}
-
-
-def _facts(run: Run) -> dict[str, Any]:
-    m = run.manifest
-    data, split = m["data"], m["split"]
-    seconds = f"{m['seconds']:.0f} s" if m["seconds"] < 120 else f"{m['seconds'] / 60:.1f} min"
-    columns = list(split["counts"][0]) if split["counts"] else []
-    skipped = [
-        f"{NAMES.get(n, n)} was skipped: {x['reason']}" for n, x in m["models"].items() if x["status"] == "skipped"
-    ]
-    skipped += [f"{NAMES.get(n, n)}: {line}" for n, x in m["models"].items() for line in x.get("fallbacks", [])]
-    skipped += [
-        f"{NAMES.get(n, n)} was scaled to this data and machine: {x['scaled']}"
-        for n, x in m["models"].items()
-        if x.get("scaled")
-    ]
-    return {
-        "data": {
-            "name": data["name"],
-            "facts": [
-                ("File", data["source"]),
-                ("Cells", f"{data['cells']:,}, of which {data['control_cells']:,} control ({data['control_label']})"),
-                ("Genes", f"{data['genes']:,} measured, {data['genes_used']:,} used"),
-                ("Perturbations", f"{data['perturbations']:,}"),
-                ("Contexts", ", ".join(data["contexts"])),
-                (
-                    "Scale",
-                    data["scale"]
-                    if data["scale"] == data["scale_used"]
-                    else f"{data['scale']}, used as {data['scale_used']}",
-                ),
-                ("Fingerprint", data["fingerprint"][:16]),
-            ],
-        },
-        "split": {
-            "facts": [("Name", split["name"]), ("Seed", split["seed"]), ("Hash", split["hash"][:16])],
-            "columns": [c.replace("_", " ") for c in columns],
-            "counts": [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in split["counts"]],
-        },
-        "knowledge": [(k["name"], k["words"]) for k in m["knowledge"]],
-        "skipped": skipped,
-        "method": [
-            ("Command", m["command"]),
-            ("perturbcore", m["version"]),
-            ("Versions", ", ".join(f"{k} {v}" for k, v in m["versions"].items())),
-            ("Machine", m["machine"]),
-            ("Preset", m["preset"]),
-            ("Seed", m["seed"]),
-            ("Time", seconds),
-            *(
-                (NAMES.get(n, n), f"fitted in {x['seconds_fit']:.1f} s, predicted in {x['seconds_predict']:.1f} s")
-                for n, x in m["models"].items()
-                if x["status"] == "fitted"
-            ),
+        "name": NAMES.get(model, model),
+        "tone": run.tone(model),
+        "sentences": [
+            re.sub(r"\w+", lambda word: spellings.get(word[0], word[0]), sentence).replace(" -", " −")
+            for sentence in sentences
+            if sentence
         ],
     }
+
+
+def _headline(run: Run, model: str, metric: str) -> str:
+    """Whether a trained model beats every baseline: the interval of the paired difference must exclude 0."""
+    baselines = run.fitted("baseline")
+    pairs = [p for p in run.manifest["paired"] if p["model"] == model and p["metric"] == metric]
+    pairs = [p for p in pairs if p["other"] in baselines and p["ci_low"] is not None]
+    if model in baselines or not pairs:
+        return ""
+    title = LEADERBOARD[metric].title
+    unbeaten = [NAMES.get(p["other"], p["other"]).lower() for p in pairs if p["ci_low"] <= 0]
+    if unbeaten:
+        return f"{title}: {NAMES.get(model, model)} does not beat {listing(unbeaten, 'or')}."
+    return f"{title}: {NAMES.get(model, model)} beats every baseline."
+
+
+def _data(run: Run) -> dict[str, Any]:
+    data = run.manifest["data"]
+    scale = data["scale"] if data["scale"] == data["scale_used"] else f"{data['scale']}; used as {data['scale_used']}"
+    return {
+        "name": data["name"],
+        "facts": [
+            ("File", data["source"]),
+            ("Cells", f"{data['cells']:,}, of which {data['control_cells']:,} control ({data['control_label']})"),
+            ("Genes", f"{data['genes']:,} measured, {data['genes_used']:,} used"),
+            ("Perturbations", f"{data['perturbations']:,}"),
+            ("Contexts", "one" if data["contexts"] == ["all"] else ", ".join(data["contexts"])),
+            ("Batches", data["batches"] or "not given; the control of a cell is its context’s"),
+            ("Scale", scale),
+            ("Fingerprint", data["fingerprint"][:16]),
+        ],
+    }
+
+
+def _split(run: Run) -> dict[str, Any]:
+    split = run.manifest["split"]
+    columns = list(split["counts"][0])
+    if {row["context"] for row in split["counts"]} == {"all"}:
+        columns.remove("context")
+    return {
+        "facts": [("Name", split["name"].replace("_", " ")), ("Seed", split["seed"]), ("Hash", split["hash"][:16])],
+        "columns": columns,
+        "counts": [[f"{v:,}" if isinstance(v := row[c], int) else v for c in columns] for row in split["counts"]],
+    }
+
+
+def _skipped(run: Run) -> list[str]:
+    lines, tested = list(run.manifest["notes"]), run.manifest["split"]["tested"]
+    for name, model in run.manifest["models"].items():
+        title = NAMES.get(name, name)
+        if model["status"] == "skipped":
+            lines.append(f"{title} was skipped: {model['reason']}")
+            continue
+        if fallbacks := model["fallbacks"]:
+            (label, why), *others = fallbacks.items()
+            more = f", and {len(others)} more in manifest.json" if others else ""
+            lines.append(
+                f"{title} used a fallback for {len(fallbacks)} of {tested} perturbations ({label}: {why}{more})."
+            )
+    return lines
+
+
+def _method(run: Run) -> list[tuple[str, Any]]:
+    m = run.manifest
+    seconds = f"{m['seconds']:.0f} s" if m["seconds"] < 120 else f"{m['seconds'] / 60:.1f} min"
+    models = []
+    for name, model in m["models"].items():
+        if model["status"] == "fitted":
+            notes = [f"{key.replace('_', ' ')}: {value}" for key, value in model["notes"].items()]
+            times = f"fitted in {model['seconds_fit']:.1f} s, predicted in {model['seconds_predict']:.1f} s"
+            models.append((NAMES.get(name, name), "; ".join([times, *notes])))
+    return [
+        ("Command", m["command"]),
+        ("perturbcore", m["version"]),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in m["versions"].items())),
+        ("Machine", m["machine"]),
+        ("Preset", m["preset"]),
+        ("Seed", m["seed"]),
+        ("Time", seconds),
+        *models,
+    ]

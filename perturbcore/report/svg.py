@@ -32,6 +32,12 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
+def _dot(x: float, y: float, radius: float, kind: str, hint: str = "", opacity: float = 1.0) -> str:
+    faded = f' fill-opacity="{opacity:.2f}"' if opacity < 1 else ""
+    title = f"<title>{escape(hint)}</title>" if hint else ""
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{kind}"{faded}>{title}</circle>'
+
+
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers inside [low, high]."""
     raw = (high - low) / count or 1.0
@@ -49,50 +55,61 @@ def scatter(real: np.ndarray, predicted: np.ndarray, genes: Sequence[str], *, to
     """Predicted against measured shift of every gene [G]; the strongest movers are named."""
     left, top, side = 34.0, 8.0, 318.0
     limit = 1.06 * max(float(np.nanmax(np.abs(real))), float(np.nanmax(np.abs(predicted))), 1e-6)
-
-    def place(value: np.ndarray) -> np.ndarray:
-        return (value / limit + 1) / 2 * side
-
-    x, y = left + place(real), top + side - place(predicted)
-    middle_x, middle_y = left + side / 2, top + side / 2
+    x = left + (real / limit + 1) / 2 * side
+    y = top + (1 - predicted / limit) / 2 * side
+    middle = side / 2
     body = [
         f'<rect x="{left}" y="{top}" width="{side}" height="{side}" class="frame"/>',
-        _line(left, middle_y, left + side, middle_y, "grid"),
-        _line(middle_x, top, middle_x, top + side, "grid"),
+        _line(left, top + middle, left + side, top + middle, "grid"),
+        _line(left + middle, top, left + middle, top + side, "grid"),
         _line(left, top + side, left + side, top, "ideal"),
     ]
     for tick in _ticks(-limit, limit):
-        at = float(place(np.array(tick)))
-        body += [
-            _text(left + at, top + side + 14, _short(tick), "tick", "middle"),
-            _text(left - 5, top + side - at + 3.5, _short(tick), "tick", "end"),
-        ]
-    body += [
-        _text(left + side, top + side + 29, "measured Δ", "axis", "end"),
-        _text(left + 6, top + 15, "predicted Δ", "axis"),
-    ]
+        at = (tick / limit + 1) / 2 * side
+        body.append(_text(left + at, top + side + 14, _short(tick), "tick", "middle"))
+        body.append(_text(left - 5, top + side - at + 3.5, _short(tick), "tick", "end"))
+    body.append(_text(left + side, top + side + 29, "measured Δ", "axis", "end"))
+    body.append(_text(left + 6, top + 15, "predicted Δ", "axis"))
+
     finite = np.isfinite(x) & np.isfinite(y)
     order = np.argsort(-np.abs(np.where(finite, real, 0)), kind="stable")
     named = [int(g) for g in order[:20] if finite[g] and real[g] != 0]
     rest = np.setdiff1d(np.flatnonzero(finite), named)
-    # A dot is a line of no length with round ends: nine characters a gene keep the page small.
+    # A dot is a line of no length with round ends: a few characters a gene keep the page small.
     dots = sorted({(round(float(x[g])), round(float(y[g]))) for g in rest})
     body.append(f'<path class="cloud {tone}" d="{"".join(f"M{a} {b}h0" for a, b in dots)}"/>')
     for g in named:
-        hint = escape(f"{genes[g]}: measured {number(real[g], 2)}, predicted {number(predicted[g], 2)}")
-        body.append(
-            f'<circle cx="{x[g]:.1f}" cy="{y[g]:.1f}" r="3.6" class="mover {tone}"><title>{hint}</title></circle>'
-        )
-    taken: list[tuple[float, float, float]] = []
-    for g in named:
-        width = 6.2 * len(genes[g])
-        before = x[g] > middle_x
-        start = x[g] - 7 - width if before else x[g] + 7
-        clear = all(abs(y[g] - v) > 11 or start > b or start + width < a for a, b, v in taken)
-        if clear and start > left and start + width < left + side and not (y[g] < top + 22 and start < left + 80):
-            taken.append((start, start + width, float(y[g])))
-            body.append(_text(x[g] + (-7 if before else 7), y[g] + 3.5, genes[g], "gene", "end" if before else "start"))
+        hint = f"{genes[g]}: measured {number(real[g], 2)}, predicted {number(predicted[g], 2)}"
+        body.append(_dot(float(x[g]), float(y[g]), 3.6, f"mover {tone}", hint))
+    marks = [(float(x[g]), float(y[g])) for g in named]
+    frame = (left + 1, left + side - 1)
+    for g, (start, anchor) in _labels(marks, [genes[g] for g in named], frame, blocked=(left, left + 78, top + 20)):
+        body.append(_text(start, marks[g][1] + 3.5, genes[named[g]], "gene", anchor))
     return _svg(top + side + 34, alt, body, "scatter")
+
+
+def _labels(
+    marks: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    frame: tuple[float, float],
+    blocked: tuple[float, float, float],
+) -> list[tuple[int, tuple[float, str]]]:
+    """Choose which marks can be named, right or left of themselves, without covering a mark or another name.
+
+    `blocked` (from x, to x, down to y) is where the axis title stands. Names are in order of importance.
+    """
+    taken: list[tuple[float, float, float]] = [(blocked[0], blocked[1], blocked[2] - 8)]
+    taken += [(x - 4, x + 4, y) for x, y in marks]
+    placed = []
+    for i, ((x, y), name) in enumerate(zip(marks, names, strict=True)):
+        width = 6.6 * len(name)
+        for start, anchor, at in ((x + 7, "start", x + 7), (x - 7 - width, "end", x - 7)):
+            inside = frame[0] < start and start + width < frame[1]
+            if inside and all(abs(y - v) > 9 or start > b or start + width < a for a, b, v in taken):
+                taken.append((start, start + width, y))
+                placed.append((i, (at, anchor)))
+                break
+    return placed
 
 
 def movers(
@@ -102,10 +119,10 @@ def movers(
     tones: Mapping[str, str],
     *,
     alt: str,
-    count: int = 18,
+    most: int = 18,
 ) -> Markup:
     """Measured shift of the strongest movers as bars, predictions as dots upon them."""
-    order = np.argsort(-np.abs(np.nan_to_num(real)), kind="stable")[:count]
+    order = np.argsort(-np.abs(np.nan_to_num(real)), kind="stable")[:most]
     order = order[np.argsort(-real[order], kind="stable")]
     values = np.concatenate([real[order], *(p[order] for p in predicted.values()), [0.0]])
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
@@ -121,18 +138,14 @@ def movers(
     body += [_text(at(t), bottom + 14, _short(t), "tick", "middle") for t in _ticks(low, high)]
     for i, g in enumerate(order):
         y = 8 + row * (i + 0.5)
-        a, b = sorted((at(0), at(float(real[g]))))
-        body.append(_text(left - 8, y + 4, genes[g][:13], "gene", "end"))
+        start, end = sorted((at(0), at(float(real[g]))))
         hint = escape(f"{genes[g]}: measured {number(float(real[g]), 2)}")
-        body.append(
-            f'<rect x="{a:.1f}" y="{y - 5:.1f}" width="{b - a:.1f}" height="10" class="measured"><title>{hint}</title></rect>'
-        )
-        for model, values_of in predicted.items():
-            if np.isfinite(values_of[g]):
-                hint = escape(f"{genes[g]}: {model} predicts {number(float(values_of[g]), 2)}")
-                body.append(
-                    f'<circle cx="{at(float(values_of[g])):.1f}" cy="{y:.1f}" r="4" class="dot {tones[model]}"><title>{hint}</title></circle>'
-                )
+        bar = f'<rect x="{start:.1f}" y="{y - 5:.1f}" width="{end - start:.1f}" height="10" class="measured">'
+        body += [_text(left - 8, y + 4, genes[g][:13], "gene", "end"), f"{bar}<title>{hint}</title></rect>"]
+        for model, guess in predicted.items():
+            if np.isfinite(guess[g]):
+                hint = f"{genes[g]}: {model} predicts {number(float(guess[g]), 2)}"
+                body.append(_dot(at(float(guess[g])), y, 4, f"dot {tones[model]}", hint))
     return _svg(bottom + 22, alt, body, "movers")
 
 
@@ -142,76 +155,60 @@ def network(
     """Selected genes in columns by their distance from the perturbed one; colour is the measured shift."""
     columns = [[gene for gene, h in hops.items() if min(h, 2) == depth] for depth in range(3)]
     columns = [column for column in columns if column]
-    tall = max(len(column) for column in columns)
-    height = 22.0 * tall + 16
-    span = (WIDTH - 40 - 70) / max(len(columns) - 1, 1)
+    row, tall = 22.0, max(len(column) for column in columns)
+    height, span = row * tall + 16, (WIDTH - 118) / max(len(columns) - 1, 1)
     where: dict[str, tuple[float, float]] = {}
     for depth, column in enumerate(columns):
-        gap = height / (len(column) + 1) if len(column) < tall / 2 else 22.0
+        gap = row if len(column) > tall / 2 else height / (len(column) + 1)
         start = height / 2 - gap * (len(column) - 1) / 2
-        where |= {gene: (40 + span * depth, start + gap * i) for i, gene in enumerate(column)}
+        where |= {gene: (12 + span * depth, start + gap * i) for i, gene in enumerate(column)}
     body = []
     for source, target in edges:
-        if source in where and target in where and source != target:
+        if source in where and target in where:
             (x1, y1), (x2, y2) = where[source], where[target]
-            bend = (x2 - x1) / 2 if x1 != x2 else 26
-            body.append(
-                f'<path class="edge" d="M{x1:.0f} {y1:.0f}C{x1 + bend:.0f} {y1:.0f} {x2 - bend if x1 != x2 else x2 + 26:.0f} {y2:.0f} {x2:.0f} {y2:.0f}"/>'
-            )
-    largest = max((abs(v) for v in shift.values() if np.isfinite(v)), default=0.0) or 1.0
+            bend = (x1 + x2) / 2
+            curve = f"M{x1:.0f} {y1:.0f}C{bend:.0f} {y1:.0f} {bend:.0f} {y2:.0f} {x2:.0f} {y2:.0f}"
+            body.append(f'<path class="edge" d="{curve}"/>')
+    largest = max((abs(shift[g]) for g in where if np.isfinite(shift.get(g, np.nan))), default=0.0) or 1.0
     for gene, (x, y) in where.items():
         value = shift.get(gene, np.nan)
+        kind, strength = "unmeasured", 1.0
         if hops[gene] == 0:
-            kind, strength = "target", 1.0
+            kind = "target"
         elif np.isfinite(value):
-            kind, strength = ("up" if value > 0 else "down"), 0.25 + 0.75 * min(abs(value) / largest, 1.0)
-        else:
-            kind, strength = "unmeasured", 1.0
-        hint = escape(f"{gene}: measured Δ {number(value, 2)}")
-        body += [
-            f'<circle cx="{x:.0f}" cy="{y:.0f}" r="6" class="under"/>',
-            f'<circle cx="{x:.0f}" cy="{y:.0f}" r="6" class="node {kind}" fill-opacity="{strength:.2f}"><title>{hint}</title></circle>',
-            _text(x + 10, y + 4, gene[:13], "gene halo"),
-        ]
+            kind, strength = ("up" if value > 0 else "down"), 0.2 + 0.8 * min(abs(value) / largest, 1.0)
+        hint = f"{gene}: measured Δ {number(value, 2)}"
+        body += [_dot(x, y, 6, "under"), _dot(x, y, 6, f"node {kind}", hint, strength)]
+        body.append(_text(x + 10, y + 4, gene[:13], "gene halo"))
     return _svg(height, alt, body, "network")
 
 
-def curve(
-    steps: np.ndarray, lines: Mapping[str, np.ndarray], *, tones: Mapping[str, str], best: float | None, alt: str
-) -> Markup:
-    """One or more series over training steps; `best` marks the step whose weights were kept."""
+def curve(epochs: np.ndarray, values: np.ndarray, *, tone: str, best: float | None, alt: str) -> Markup:
+    """One series over epochs [T], gaps skipped; `best` marks the epoch whose weights were kept."""
     left, right, top, bottom = 44.0, WIDTH - 8.0, 10.0, 168.0
-    values = np.concatenate([v[np.isfinite(v)] for v in lines.values()])
-    low, high = float(values.min()), float(values.max())
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     pad = 0.06 * (high - low or 1.0)
     low, high = low - pad, high + pad
-    first, last = float(steps.min()), float(steps.max())
+    first, last = float(epochs.min()), float(epochs.max())
 
-    def at(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
-        xs = left + (x - first) / ((last - first) or 1) * (right - left)
-        ys = bottom - (y - low) / (high - low) * (bottom - top)
-        return list(zip(xs.tolist(), ys.tolist(), strict=True))
+    def across(epoch: float) -> float:
+        return left + (epoch - first) / ((last - first) or 1.0) * (right - left)
+
+    def up(value: float) -> float:
+        return bottom - (value - low) / (high - low) * (bottom - top)
 
     body = []
     for tick in _ticks(low, high):
-        y = at(np.array([first]), np.array([tick]))[0][1]
-        body += [_line(left, y, right, y, "grid"), _text(left - 6, y + 3.5, _short(tick), "tick", "end")]
-    for tick in _ticks(first, last):
-        x = at(np.array([tick]), np.array([low]))[0][0]
-        body.append(_text(x, bottom + 15, _short(tick), "tick", "middle"))
-    if best is not None and first <= best <= last:
-        x = at(np.array([best]), np.array([low]))[0][0]
+        body.append(_line(left, up(tick), right, up(tick), "grid"))
+        body.append(_text(left - 6, up(tick) + 3.5, _short(tick), "tick", "end"))
+    body += [_text(across(t), bottom + 15, _short(t), "tick", "middle") for t in _ticks(first, last)]
+    if best is not None:
+        side = ("end", -5) if across(best) > WIDTH / 2 else ("start", 5)
         body += [
-            _line(x, top, x, bottom, "ideal"),
-            _text(x - 4 if x > 200 else x + 4, top + 8, "kept", "tick", "end" if x > 200 else "start"),
+            _line(across(best), top, across(best), bottom, "ideal"),
+            _text(across(best) + side[1], bottom - 6, f"epoch {best:.0f} kept", "tick", side[0]),
         ]
-    for name, series in lines.items():
-        ok = np.isfinite(series)
-        points = at(steps[ok], series[ok])
-        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        body.append(f'<path class="series {tones[name]}" d="M{path}"/>')
-        if len(points) == 1:
-            body.append(
-                f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3.6" class="mover {tones[name]}"/>'
-            )
+    points = [(across(e), up(v)) for e, v in zip(epochs.tolist(), values.tolist(), strict=True) if np.isfinite(v)]
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    body += [f'<path class="series {tone}" d="M{path}"/>', _dot(*points[-1], 3.2, f"mover {tone}")]
     return _svg(bottom + 22, alt, body, "curve")

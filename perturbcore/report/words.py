@@ -86,10 +86,26 @@ COLLAPSE = {
         0.5,
         "chance",
     ),
-    "systema_pearson_delta": Words(
+    "systema_pearson": Words(
         "Pearson against the perturbed mean",
         "Agreement left once the response common to all perturbations is taken away.",
         0,
         "no relation",
     ),
 }
+
+
+def count(n: int, noun: str) -> str:
+    """`1 gene`, `1,200 genes`."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def spelled(n: int) -> str:
+    """Small numbers as words."""
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return words[n] if n < len(words) else f"{n:,}"
+
+
+def listing(words: list[str], last: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

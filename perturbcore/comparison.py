@@ -1,0 +1,343 @@
+"""One job from a screen to a report: split, fit every model and baseline, predict what was held out, score, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from perturbcore.data import (
+    GeneEmbedding,
+    KnowledgeGraph,
+    MissingInput,
+    Screen,
+    Split,
+    make_split,
+    prepare,
+    read,
+    with_controls,
+)
+from perturbcore.data.errors import suggest
+from perturbcore.metrics import METRICS, Scores, evaluate
+from perturbcore.models import BASELINES, MODELS
+from perturbcore.models.base import Model
+from perturbcore.report import write as write_report
+from perturbcore.training import write_atomic
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+LIBRARIES = ("torch", "numpy", "scipy", "pandas", "anndata", "numba")
+
+
+class OutputExists(ValueError):
+    """The folder to write into already holds something."""
+
+
+def compare(
+    source: str | Path | AnnData | Screen,
+    *,
+    out: str | Path,
+    models: Sequence[str] | None = None,
+    knowledge: Sequence[str | Path | KnowledgeGraph] = (),
+    embedding: str | Path | GeneEmbedding | None = None,
+    split: str | Path | Split = "unseen_perturbation",
+    context: str | None = None,
+    perturbation: str = "auto",
+    control: str = "auto",
+    context_column: str = "auto",
+    scale: str = "auto",
+    batch: str | None = None,
+    preset: str = "default",
+    seed: int = 0,
+    epochs: int | None = None,
+    strict: bool = False,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    n_genes: int = 2000,
+    progress: bool = True,
+    job: str = "compare",
+    command: str | None = None,
+) -> Scores:
+    """Fit models and baselines to a screen, predict its held-out conditions, score them and write a run folder.
+
+    A model that lacks a required input is listed as skipped, with the reason, and does not stop the others.
+
+    Args:
+        source: h5ad or zarr file, AnnData, or a Screen; raw counts are normalised, log1p is left as it is.
+        out: folder to write; it must not exist or be empty.
+        models: names from `perturbcore.models.MODELS`, all by default; the baselines always run beside them.
+        knowledge: knowledge graphs; models that take one graph take the first.
+        embedding: a vector per gene.
+        split: a name, a JSON file, or a Split; `context` is what it holds out, if it needs one.
+        perturbation, control, context_column, scale, batch: as in `perturbcore.read`.
+        preset: "default" or "paper", for every model.
+        seed: of the split and of everything random in models and scores.
+        epochs: most epochs a model is trained for.
+        strict: make a missing gene an error where a model would use its named fallback.
+        overrides: configuration fields per model, such as ``{"adapert": {"hidden": 64}}``.
+        n_genes: highly variable genes kept, chosen on training cells.
+        progress: report on stderr.
+        job: what the report calls this run.
+        command: how it was started, for the manifest.
+
+    Returns:
+        The scores that stand in `scores.csv` and `per_perturbation.csv`.
+
+    Raises:
+        OutputExists: `out` is not empty.
+        DataError: the screen, the split or the knowledge cannot be used.
+        ValueError: an unknown model, preset or configuration field.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    claim(out)
+    kinds = chosen_kinds(models, overrides or {})
+    graphs = [k if isinstance(k, KnowledgeGraph) else KnowledgeGraph.read(k) for k in knowledge]
+    if isinstance(embedding, (str, Path)):
+        embedding = GeneEmbedding.read(embedding)
+    candidates = {
+        name: build(kind, graphs, embedding, preset, epochs, strict, (overrides or {}).get(name, {}))
+        for name, kind in kinds.items()
+    }
+    if isinstance(source, Screen):
+        screen = source
+    else:
+        screen = read(source, perturbation, control, context_column, batch, scale, verbose=progress)
+    if not isinstance(split, Split):
+        split = make_split(split, screen, context=context, seed=seed)
+    say = _speaker(progress)
+    prepared = prepare(screen, split, n_genes)
+    say(f"{prepared.num_genes:,} genes; {len(split.train)} conditions train, {len(split.test)} are held out")
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "split.json", _split_json(split))
+    name = source.name if isinstance(source, Path) else source if isinstance(source, str) else "a screen in memory"
+    manifest: dict[str, Any] = {
+        "job": job,
+        "status": "running",
+        "command": command or "perturbcore.compare(...)",
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": version("perturbcore"),
+        "versions": {"python": platform.python_version()} | {library: version(library) for library in LIBRARIES},
+        "machine": _machine(),
+        "seed": seed,
+        "preset": preset,
+        "strict": strict,
+        "overrides": overrides or {},
+        "data": _data_card(Path(name).name, screen, prepared),
+        "split": _split_card(split, prepared),
+        "knowledge": [{"name": "Graph", "words": graph.describe()} for graph in graphs]
+        + ([{"name": "Embedding", "words": repr(embedding)}] if embedding is not None else []),
+        "metrics": {m.name: {"description": m.description, "best": m.best, "level": m.level} for m in METRICS.values()},
+        "models": {},
+    }
+    _write_json(out / "manifest.json", manifest)
+
+    predicted: dict[str, AnnData] = {}
+    for index, (label, model) in enumerate(candidates.items(), start=1):
+        card, result = _run_model(label, model, prepared, split, out, seed, progress)
+        manifest["models"][label] = card
+        _write_json(out / "manifest.json", manifest)
+        if result is None:
+            say(f"[{index}/{len(candidates)}] {label}: skipped, {card['reason']}")
+        else:
+            predicted[label] = result
+            say(f"[{index}/{len(candidates)}] {label}: fitted in {card['seconds_fit']:.1f} s")
+
+    say("scoring")
+    scores = evaluate(prepared, predicted, split, seed=seed)
+    write_scores(out, scores)
+    manifest |= {
+        "verdict": {label: scores.verdict(label) for label in predicted},
+        "paired": _records(scores.comparisons()),
+        "notes": scores.notes,
+        "status": "complete",
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    _write_json(out / "manifest.json", manifest)
+    write_report(out)
+    return scores
+
+
+def claim(out: Path, *, replace_job: str | None = None) -> None:
+    """Refuse an output folder that holds anything, unless it is an earlier run of `replace_job`, which is removed.
+
+    Raises OutputExists, saying what to do.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise OutputExists(f"{out} is not empty. Choose another folder with --out, or remove it first.") from None
+    if replace_job is not None and manifest.get("job") == replace_job:
+        shutil.rmtree(out)
+        return
+    raise OutputExists(
+        f"{out} already holds a run of {manifest.get('started', 'unknown date')[:10]}. "
+        "Choose another folder with --out, or remove it first."
+    )
+
+
+def chosen_kinds(models: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, type[Model]]:
+    """Return the classes to run, models first and baselines after; ValueError for a name that is neither."""
+    every = MODELS | BASELINES
+    for name in [*(models or ()), *overrides]:
+        if name not in every:
+            raise ValueError(f"There is no model {name!r}.{suggest(name, every)} Models: {', '.join(MODELS)}.")
+    return {name: MODELS[name] for name in (MODELS if models is None else models) if name in MODELS} | dict(BASELINES)
+
+
+def build(
+    kind: type[Model],
+    graphs: Sequence[KnowledgeGraph],
+    embedding: GeneEmbedding | None,
+    preset: str,
+    epochs: int | None,
+    strict: bool,
+    overrides: Mapping[str, Any],
+) -> Model:
+    """Make an unfitted model; `epochs` and `strict` reach it where its configuration has such a field."""
+    fields = {field.name for field in dataclasses.fields(kind.Config)}
+    asked = {"epochs": epochs, "strict": strict or None}
+    options = {name: value for name, value in asked.items() if value is not None and name in fields}
+    return kind(graph=graphs[0] if graphs else None, embedding=embedding, preset=preset, **(options | dict(overrides)))
+
+
+def _run_model(
+    name: str, model: Model, screen: Screen, split: Split, out: Path, seed: int, progress: bool
+) -> tuple[dict[str, Any], AnnData | None]:
+    """Fit one model, predict the test conditions and write its files; return its manifest entry and its prediction."""
+    trained = name in MODELS
+    folder = out / "models" / name if trained else None
+    card: dict[str, Any] = {"kind": "model" if trained else "baseline", "status": "fitted"}
+    clock = time.monotonic()
+    try:
+        model.fit(screen, split, seed=seed, run_dir=folder, progress=progress)
+    except MissingInput as error:
+        if getattr(model.config, "strict", False):
+            raise
+        return card | {"status": "skipped", "reason": str(error)}, None
+    fitted = time.monotonic()
+    predicted = model.predict(screen, split.test, seed=seed)
+    card |= {"seconds_fit": round(fitted - clock, 2), "seconds_predict": round(time.monotonic() - fitted, 2)}
+    card["notes"] = model.notes
+    card["fallbacks"] = dict(predicted.uns["perturbcore"].get("fallback", {}))
+    _write_h5ad(out / f"pred_{name}.h5ad", with_controls(predicted, screen))
+    if folder is not None and hasattr(model, "subgraph"):
+        selected = model.subgraph(sorted({c.perturbation for c in split.test}))
+        write_atomic(folder / "subgraph.csv", selected.to_csv(index=False).encode())
+        edges = _outward_edges(selected, model.graph)
+        write_atomic(folder / "subgraph_edges.csv", edges.to_csv(index=False).encode())
+    return card, predicted
+
+
+def _outward_edges(selected: pd.DataFrame, graph: KnowledgeGraph | None) -> pd.DataFrame:
+    """The edges, between selected genes, that lead one step further from the perturbed gene."""
+    rows: list[pd.DataFrame] = []
+    if graph is not None:
+        for label, nodes in selected.groupby("perturbation", sort=False):
+            hops = np.full(graph.num_nodes, -1)
+            at = graph.index(nodes["gene"])
+            hops[at[at >= 0]] = nodes["hops"].to_numpy()[at >= 0]
+            here, there = hops[graph.src], hops[graph.dst]
+            for near, far, forward in ((graph.src, graph.dst, here), (graph.dst, graph.src, there)):
+                kept = (forward >= 0) & (hops[far] == forward + 1)
+                ends = {"source": graph.nodes[near[kept]], "target": graph.nodes[far[kept]]}
+                rows.append(pd.DataFrame({"perturbation": label} | ends))
+    columns = ["perturbation", "source", "target"]
+    return pd.concat(rows).drop_duplicates()[columns] if rows else pd.DataFrame(columns=columns)
+
+
+def write_scores(out: Path, scores: Scores) -> None:
+    """Write `scores.csv`, `per_perturbation.csv` and `deltas.npz` into a folder, each atomically."""
+    write_atomic(out / "scores.csv", scores.scores.to_csv(index=False).encode())
+    write_atomic(out / "per_perturbation.csv", scores.per_perturbation.to_csv(index=False).encode())
+    arrays = {
+        "context": np.array([c.context for c in scores.conditions]),
+        "perturbation": np.array([str(c.perturbation) for c in scores.conditions]),
+        "gene": np.asarray(scores.genes, dtype=str),
+        "real": scores.deltas["real"].astype(np.float32),
+    } | {f"pred_{name}": scores.deltas[name].astype(np.float32) for name in scores.models}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomic(out / "deltas.npz", buffer.getvalue())
+
+
+def _write_h5ad(path: Path, adata: AnnData) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        adata.write_h5ad(partial, compression="gzip")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomic(path, (json.dumps(content, indent=1, default=str, ensure_ascii=False) + "\n").encode())
+
+
+def _split_json(split: Split) -> bytes:
+    parts = {part: [str(c) for c in getattr(split, part)] for part in ("train", "val", "test")}
+    return (json.dumps({"name": split.name, "seed": split.seed} | parts, indent=1) + "\n").encode()
+
+
+def _data_card(name: str, screen: Screen, prepared: Screen) -> dict[str, Any]:
+    return {
+        "name": name.removesuffix(".h5ad").removesuffix(".zarr"),
+        "source": name,
+        "fingerprint": screen.fingerprint,
+        "cells": screen.num_cells,
+        "control_cells": int((screen.perturbation_code < 0).sum()),
+        "control_label": screen.control_label,
+        "genes": screen.num_genes,
+        "genes_used": prepared.num_genes,
+        "perturbations": len(screen.perturbations),
+        "contexts": list(screen.contexts),
+        "batches": len(screen.batches) if screen.batch_key else None,
+        "perturbation_column": screen.perturbation_key,
+        "context_column": screen.context_key,
+        "batch_column": screen.batch_key,
+        "scale": str(screen.scale),
+        "scale_used": str(prepared.scale),
+    }
+
+
+def _split_card(split: Split, screen: Screen) -> dict[str, Any]:
+    parts = {part: {c.perturbation for c in getattr(split, part)} for part in ("train", "val", "test")}
+    return {
+        "name": split.name,
+        "seed": split.seed,
+        "hash": split.hash,
+        "learned": len(parts["train"] | parts["val"]),
+        "tested": len(parts["test"]),
+        "counts": _records(split.preview(screen)),
+    }
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON values, NaN as null."""
+    return json.loads(table.to_json(orient="records"))
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return f"{device}, {platform.system()} {platform.machine()}"
+
+
+def _speaker(progress: bool) -> Callable[[str], None]:
+    return lambda text: print(text, file=sys.stderr) if progress else None

@@ -1,0 +1,157 @@
+"""What is drawn per perturbation and per model: predicted against measured, selected genes, training curves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from perturbcore.report import svg
+from perturbcore.report.folder import Deltas, Run
+from perturbcore.report.svg import number
+from perturbcore.report.words import NAMES, count
+
+MOST_PERTURBATIONS = 60  # drawn; a larger page than this is neither read nor mailed
+MOST_SUBGRAPHS = 40
+MOST_PER_COLUMN = 14
+
+
+def perturbations(run: Run) -> dict[str, Any]:
+    """Return every test condition, largest measured effect first, drawn for the models and the best baseline."""
+    d = run.deltas
+    rival = run.best_baseline("pearson_delta")
+    shown = [m for m in [*run.fitted("model"), *([rival[0]] if rival else [])] if m in d.predicted]
+    correlation = run.per_perturbation[run.per_perturbation["metric"] == "pearson_delta"]
+    pearson = {(r.model, r.context, r.perturbation): float(r.value) for r in correlation.itertuples()}
+    size = np.linalg.norm(np.nan_to_num(d.real), axis=1)
+    order = np.argsort(-size, kind="stable")
+    several = len(set(d.contexts)) > 1
+    rows = []
+    for i in order[:MOST_PERTURBATIONS]:
+        context, label = d.contexts[i], d.perturbations[i]
+        where = f"{label} in {context}" if several else label
+        values = {m: number(pearson.get((m, context, label), math.nan), 2) for m in shown}
+        rows.append(
+            {
+                "name": label,
+                "context": context if several else "",
+                "effect_width": round(100 * float(size[i] / (size.max() or 1.0)), 1),
+                "scores": [{"value": values[m], "tone": run.tone(m)} for m in shown],
+                "scatters": [_scatter(run, m, int(i), where, values[m]) for m in shown],
+                "movers": svg.movers(
+                    d.real[i],
+                    {NAMES.get(m, m): d.predicted[m][i] for m in shown},
+                    d.genes,
+                    {NAMES.get(m, m): run.tone(m) for m in shown},
+                    alt=f"The genes that {where} moves most: measured shift as bars, predictions as dots.",
+                ),
+            }
+        )
+    return {
+        "models": [{"name": NAMES.get(m, m), "tone": run.tone(m)} for m in shown],
+        "rows": rows,
+        "total": len(order),
+        "left_out": max(len(order) - MOST_PERTURBATIONS, 0),
+    }
+
+
+def _scatter(run: Run, model: str, row: int, where: str, pearson: str) -> dict[str, Any]:
+    d, name = run.deltas, NAMES.get(model, model)
+    alt = (
+        f"Predicted against measured shift of {len(d.genes)} genes for {where}, {name}; Pearson correlation {pearson}."
+    )
+    drawing = svg.scatter(d.real[row], d.predicted[model][row], d.genes, tone=run.tone(model), alt=alt)
+    return {"caption": f"{name}: Pearson Δ {pearson}", "svg": drawing}
+
+
+def subgraphs(run: Run) -> dict[str, Any]:
+    """Return the genes AdaPert selected for each test perturbation, strongest measured effects first."""
+    d, table = run.deltas, run.subgraph
+    if table is None or table.empty:
+        return {"rows": [], "left_out": 0, "reason": _why_no_subgraph(run)}
+    selected = dict(iter(table.groupby("perturbation", sort=False)))
+    rows_of = {p: [i for i, q in enumerate(d.perturbations) if q == p] for p in d.perturbations if p in selected}
+    size = np.linalg.norm(np.nan_to_num(d.real), axis=1)
+    labels = sorted(rows_of, key=lambda p: -size[rows_of[p]].max())
+    return {
+        "rows": [_subgraph(run, p, selected[p], rows_of[p]) for p in labels[:MOST_SUBGRAPHS]],
+        "left_out": max(len(labels) - MOST_SUBGRAPHS, 0),
+        "reason": "",
+    }
+
+
+def _why_no_subgraph(run: Run) -> str:
+    adapert = run.manifest["models"].get("adapert")
+    if adapert is None:
+        return "AdaPert was not part of this run."
+    if adapert["status"] == "skipped":
+        return f"AdaPert was skipped: {adapert['reason']}"
+    return "AdaPert kept no gene for the test perturbations."
+
+
+def _subgraph(run: Run, label: str, nodes: pd.DataFrame, rows: list[int]) -> dict[str, Any]:
+    d = run.deltas
+    nodes = nodes.sort_values("score", ascending=False, kind="stable")
+    hops = {gene: int(h) for gene, h in zip(nodes["gene"], nodes["hops"], strict=True) if h >= 0}
+    hops = dict.fromkeys(label.split("+"), 0) | hops
+    drawn = [g for depth in range(3) for g in [g for g, h in hops.items() if min(h, 2) == depth][:MOST_PER_COLUMN]]
+    edges = []
+    if run.subgraph_edges is not None:
+        here = run.subgraph_edges[run.subgraph_edges["perturbation"] == label]
+        edges = list(zip(here["source"], here["target"], strict=True))
+    measured = _by_gene(d, d.real[rows].mean(axis=0))
+    predicted = _by_gene(d, d.predicted["adapert"][rows].mean(axis=0)) if "adapert" in d.predicted else {}
+    more = len(hops) - len(drawn)
+    return {
+        "name": label,
+        "count": count(len(nodes), "gene"),
+        "svg": svg.network(
+            {gene: hops[gene] for gene in drawn},
+            edges,
+            measured,
+            alt=f"{count(len(drawn), 'gene')} selected for {label}, in columns by distance from the perturbed gene.",
+        ),
+        "note": f"{more} more, with lower scores, stand in models/adapert/subgraph.csv." if more else "",
+        "genes": [
+            {
+                "gene": node.gene,
+                "hops": int(node.hops) if node.hops >= 0 else "–",
+                "score": number(node.score, 2),
+                "measured": number(measured.get(node.gene, math.nan), 2),
+                "predicted": number(predicted.get(node.gene, math.nan), 2),
+            }
+            for node in nodes.head(12).itertuples()
+        ],
+    }
+
+
+def _by_gene(deltas: Deltas, values: np.ndarray) -> dict[str, float]:
+    return dict(zip(deltas.genes, values.tolist(), strict=True))
+
+
+def training(run: Run) -> list[dict[str, Any]]:
+    """Return loss and validation score over epochs of every model that logged them."""
+    return [_curves(run, name, curve) for name, curve in run.curves.items() if len(curve) > 1]
+
+
+def _curves(run: Run, name: str, curve: pd.DataFrame) -> dict[str, Any]:
+    """The record of epoch 0, before any step, holds nothing but the validation score: so it names the metric."""
+    title, epochs = NAMES.get(name, name), curve["epoch"].to_numpy(float)
+    metric = next((c for c in curve.columns if c not in ("epoch", "loss") and pd.notna(curve[c].iloc[0])), None)
+    series = {"loss": "Training loss"} | ({metric: f"Validation {metric.replace('_', ' ')}"} if metric else {})
+    words, best = f"{count(int(epochs.max()), 'epoch')}.", None
+    if metric is not None:
+        best = float(epochs[int(np.nanargmax(curve[metric].to_numpy(float)))])
+        words += f" The weights of epoch {best:.0f} were kept: the best on validation perturbations."
+        words += " Test perturbations played no part."
+    figures = []
+    for column, caption in series.items():
+        if column in curve and curve[column].notna().any():
+            last = number(float(curve[column].dropna().iloc[-1]))
+            alt = f"{caption} of {title} over {int(epochs.max())} epochs; the last value is {last}."
+            values = curve[column].to_numpy(float)
+            drawing = svg.curve(epochs, values, tone=run.tone(name), best=best, alt=alt)
+            figures.append({"caption": f"{caption} by epoch", "svg": drawing})
+    return {"name": title, "words": words, "figures": figures}

@@ -1,0 +1,88 @@
+"""Scores as dots on a line, and the table of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from perturbcore.report.folder import Run
+from perturbcore.report.svg import number
+from perturbcore.report.words import NAMES, Words
+
+
+def panels(run: Run, metrics: Mapping[str, Words]) -> list[dict[str, Any]]:
+    """Return one panel per metric that this run has a score of."""
+    drawn = (panel(run, metric, words) for metric, words in metrics.items())
+    return [p for p in drawn if p["rows"]]
+
+
+def panel(run: Run, metric: str, words: Words) -> dict[str, Any]:
+    """Return one metric over all models, best first: positions in percent of the track."""
+    scores = run.scores[(run.scores["metric"] == metric) & np.isfinite(run.scores["mean"])]
+    scores = scores.loc[sorted(scores.index, key=lambda i: run.gap(metric, scores.at[i, "mean"]))]
+    ends = [scores["mean"], scores["ci_low"], scores["ci_high"], [] if words.mark is None else [words.mark]]
+    values = np.concatenate([np.asarray(e, float) for e in ends])
+    values = values[np.isfinite(values)]
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+
+    def at(value: float) -> float:
+        return round(3 + 94 * (value - low) / ((high - low) or 1.0), 2)
+
+    rows = []
+    for score in scores.itertuples():
+        start, end = (at(score.ci_low), at(score.ci_high)) if math.isfinite(score.ci_low) else (None, None)
+        rows.append(
+            {
+                "name": NAMES.get(score.model, score.model),
+                "tone": run.tone(score.model),
+                "value": number(score.mean),
+                "interval": interval(score.ci_low, score.ci_high),
+                "at": at(score.mean),
+                "start": start,
+                "width": None if start is None or end is None else round(end - start, 2),
+            }
+        )
+    return {
+        "title": words.title,
+        "meaning": words.meaning,
+        "better": _better(run.best(metric), words.mark),
+        "rows": rows,
+        "mark_at": None if words.mark is None else at(words.mark),
+        "mark_label": words.mark_label and f"{words.mark_label} ({words.mark:g})",
+    }
+
+
+def interval(low: float, high: float) -> str:
+    """An interval as the page prints it; empty where there is none."""
+    return f"{number(low)} to {number(high)}" if math.isfinite(low) and math.isfinite(high) else ""
+
+
+def _better(best: float | None, mark: float | None) -> str:
+    if best is None:
+        return ""
+    if best == mark:
+        return f"best at {best:g}"
+    return "lower is better" if best == 0 else "higher is better"
+
+
+def table(run: Run) -> dict[str, Any]:
+    """Return every metric of every model; the cells nearest to a metric's best value are marked."""
+    models = [*run.fitted("model"), *run.fitted("baseline")]
+    rows = []
+    for metric in dict.fromkeys(run.scores["metric"]):
+        scores = {m: run.score(m, metric) for m in models}
+        gaps = {m: run.gap(metric, s["mean"]) for m, s in scores.items() if s is not None}
+        cells = [
+            {
+                "value": "–" if score is None else number(score["mean"]),
+                "interval": "" if score is None else interval(score["ci_low"], score["ci_high"]),
+                "best": run.best(metric) is not None and model in gaps and gaps[model] == min(gaps.values()),
+            }
+            for model, score in scores.items()
+        ]
+        meaning = run.manifest["metrics"].get(metric, {}).get("description", "")
+        rows.append({"metric": metric, "meaning": meaning, "cells": cells})
+    return {"models": [NAMES.get(m, m) for m in models], "rows": rows}
