@@ -6,35 +6,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perturbcore.data.embedding import GeneEmbedding as GeneEmbedding
-    from perturbcore.data.errors import DataError as DataError
-    from perturbcore.data.errors import MissingInput as MissingInput
-    from perturbcore.data.identifiers import (
-        check_shared_names as check_shared_names,
-    )
-    from perturbcore.data.identifiers import (
-        identifier_kind as identifier_kind,
-    )
-    from perturbcore.data.knowledge import KnowledgeGraph as KnowledgeGraph
-    from perturbcore.data.perturbation import Condition as Condition
-    from perturbcore.data.perturbation import Perturbation as Perturbation
-    from perturbcore.data.scale import Scale as Scale
-    from perturbcore.data.screen import Pseudobulk as Pseudobulk
-    from perturbcore.data.screen import Screen as Screen
-    from perturbcore.data.simulator import Simulation as Simulation
-    from perturbcore.data.simulator import simulate as simulate
-    from perturbcore.data.split import (
-        Split as Split,
-    )
-    from perturbcore.data.split import (
-        make_split as make_split,
-    )
-    from perturbcore.data.split import (
-        unseen_context as unseen_context,
-    )
-    from perturbcore.data.split import (
-        unseen_perturbation as unseen_perturbation,
-    )
+    from perturbcore.data.embedding import GeneEmbedding
+    from perturbcore.data.errors import DataError, MissingInput
+    from perturbcore.data.genes import highly_variable_genes, prepare, training_rows
+    from perturbcore.data.identifiers import check_shared_names, identifier_kind
+    from perturbcore.data.knowledge import KnowledgeGraph
+    from perturbcore.data.perturbation import Condition, Perturbation
+    from perturbcore.data.prediction import predictions, shift_cells, with_controls
+    from perturbcore.data.reader import read
+    from perturbcore.data.scale import Scale
+    from perturbcore.data.screen import Pseudobulk, Screen
+    from perturbcore.data.simulator import Simulation, simulate
+    from perturbcore.data.split import Split, make_split, unseen_context, unseen_perturbation
+
+__all__ = [
+    "Condition",
+    "DataError",
+    "GeneEmbedding",
+    "KnowledgeGraph",
+    "MissingInput",
+    "Perturbation",
+    "Pseudobulk",
+    "Scale",
+    "Screen",
+    "Simulation",
+    "Split",
+    "check_shared_names",
+    "highly_variable_genes",
+    "identifier_kind",
+    "make_split",
+    "predictions",
+    "prepare",
+    "read",
+    "shift_cells",
+    "simulate",
+    "training_rows",
+    "unseen_context",
+    "unseen_perturbation",
+    "with_controls",
+]
 
 _HOME = {
     "Condition": "perturbation",
@@ -49,14 +59,19 @@ _HOME = {
     "Simulation": "simulator",
     "Split": "split",
     "check_shared_names": "identifiers",
+    "highly_variable_genes": "genes",
     "identifier_kind": "identifiers",
     "make_split": "split",
+    "predictions": "prediction",
+    "prepare": "genes",
+    "read": "reader",
+    "shift_cells": "prediction",
     "simulate": "simulator",
+    "training_rows": "genes",
     "unseen_context": "split",
     "unseen_perturbation": "split",
+    "with_controls": "prediction",
 }
-
-__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -66,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return list(_HOME)
+    return __all__

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import zipfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from perturbcore.data.edge_table import read_table
 from perturbcore.data.errors import DataError, listed
 
 
@@ -29,6 +35,28 @@ class GeneEmbedding:
             raise DataError(f"Embedding {name!r} holds genes more than once: {listed(unique[count > 1])}.")
         self._row = {gene: row for row, gene in enumerate(self.genes)}
 
+    @classmethod
+    def read(cls, path: str | Path) -> GeneEmbedding:
+        """Read npz (``genes``, ``embedding``), csv, tsv or parquet (gene first, then numbers), or GenePT's pickle.
+
+        A pickle may hold nothing but a dict of gene -> vector: anything in it that could run code is refused.
+        """
+        path = Path(path)
+        suffix = path.suffix.casefold()
+        if suffix == ".npz":
+            genes, vectors = _read_npz(path)
+        elif suffix in (".pkl", ".pickle"):
+            genes, vectors = _read_pickle(path)
+        else:
+            table = read_table(path)
+            genes, numbers = table.iloc[:, 0].astype(str).to_numpy(), table.iloc[:, 1:]
+            if text := [str(column) for column in numbers if numbers[column].dtype.kind not in "iuf"]:
+                raise DataError(
+                    f"{str(path)!r} holds text in columns {listed(text)}; after the gene come numbers only."
+                )
+            vectors = numbers.to_numpy(np.float32)
+        return cls(path.name, genes, vectors)
+
     @property
     def dim(self) -> int:
         """Length d of a vector."""
@@ -44,3 +72,61 @@ class GeneEmbedding:
 
     def __repr__(self) -> str:
         return f"GeneEmbedding({self.name}: {len(self.genes):,} genes x {self.dim})"
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not {"genes", "embedding"} <= set(arrays.files):
+                raise DataError(
+                    f"{str(path)!r} must hold arrays 'genes' and 'embedding'; it has {listed(arrays.files)}."
+                )
+            return arrays["genes"], arrays["embedding"]
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"Cannot read the embedding {str(path)!r}: {error}.") from error
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles containers, text, numbers and numpy arrays; every other global is refused before it is looked up."""
+
+    _ALLOWED = frozenset(
+        (module, name)
+        for core in ("numpy.core", "numpy._core")
+        for module, name in (
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            (f"{core}.multiarray", "_reconstruct"),
+            (f"{core}.multiarray", "scalar"),
+            (f"{core}.numeric", "_frombuffer"),
+        )
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it would load {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise DataError(f"{str(path)!r} is no plain pickle of gene -> vector: {error}.") from error
+    if not isinstance(content, dict) or not content or not all(isinstance(gene, str) for gene in content):
+        raise DataError(f"{str(path)!r} must hold a dict of gene -> vector.")
+    try:
+        vectors = np.array(list(content.values()), np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"The vectors in {str(path)!r} are not numbers of one length: {error}.") from error
+    return np.array(list(content)), vectors

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
 
+from perturbcore.data.edge_table import is_gmt, read_edge_table, read_gene_sets
 from perturbcore.data.errors import DataError
 
 
@@ -22,6 +24,61 @@ class KnowledgeGraph:
     def __init__(
         self,
         name: str,
+        nodes: Sequence[str] | np.ndarray,
+        src: Sequence[int] | np.ndarray,
+        dst: Sequence[int] | np.ndarray,
+        *,
+        weight: Sequence[float] | np.ndarray | None = None,
+        sign: Sequence[int] | np.ndarray | None = None,
+        directed: bool = True,
+    ) -> None:
+        """Build the graph from unique gene names, in any order, and edges by index into them, each listed once or more.
+
+        An undirected graph may be given by either direction of an edge, or by both.
+        """
+        given = np.asarray(nodes, dtype=str)
+        self.name = name
+        self.directed = directed
+        self.nodes, position = np.unique(given, return_inverse=True)
+        if len(self.nodes) < len(given):
+            raise DataError(f"Graph {name!r} names {len(given) - len(self.nodes)} genes twice; every node is one gene.")
+        source, target = np.asarray(src, np.int64), np.asarray(dst, np.int64)
+        weight = None if weight is None else np.asarray(weight, np.float32)
+        sign = None if sign is None else np.asarray(sign, np.int8)
+        for values, what in ((target, "dst"), (weight, "weight"), (sign, "sign")):
+            if values is not None and values.shape != source.shape:
+                raise DataError(
+                    f"{what} has shape {values.shape}, but src has {source.shape}; give one value per edge."
+                )
+        for end, what in ((source, "src"), (target, "dst")):
+            if len(end) and (end.min() < 0 or end.max() >= len(given)):
+                raise DataError(f"{what} names node {end.min() if end.min() < 0 else end.max()} of {len(given)} nodes.")
+        if weight is not None and not (np.isfinite(weight).all() and (weight >= 0).all()):
+            raise DataError("Edge weights must be finite and at least 0; that an edge represses is told by its sign.")
+        if sign is not None and not np.isin(sign, (-1, 0, 1)).all():
+            raise DataError("Edge signs must be -1, 0 or +1.")
+
+        source, target = position[source], position[target]
+        if not directed:
+            source, target = np.concatenate([source, target]), np.concatenate([target, source])
+            weight = None if weight is None else np.tile(weight, 2)
+            sign = None if sign is None else np.tile(sign, 2)
+        order = np.lexsort((source, target) if weight is None else (-weight, source, target))
+        edge = target[order] * len(given) + source[order]
+        first = np.flatnonzero(np.diff(edge, prepend=-1))  # of each run of equal edges, the one of greatest weight
+        self.src, self.dst = source[order][first], target[order][first]
+        self.weight = None if weight is None else weight[order][first]
+        self.sign = None
+        if sign is not None:
+            low, high = (
+                extreme.reduceat(sign[order], first) if len(first) else sign for extreme in (np.minimum, np.maximum)
+            )
+            self.sign = np.where(low == high, low, 0).astype(np.int8)
+
+    @classmethod
+    def from_edges(
+        cls,
+        name: str,
         source: Sequence[str] | np.ndarray,
         target: Sequence[str] | np.ndarray,
         *,
@@ -29,38 +86,72 @@ class KnowledgeGraph:
         sign: Sequence[int] | np.ndarray | None = None,
         directed: bool = True,
         nodes: Iterable[str] = (),
-    ) -> None:
-        """Build the graph from edges by gene name; ``nodes`` adds genes that may have no edge."""
+    ) -> KnowledgeGraph:
+        """Build the graph from edges between gene names; ``nodes`` adds genes that may have no edge."""
         source, target = np.asarray(source, dtype=str), np.asarray(target, dtype=str)
-        weight = None if weight is None else np.asarray(weight, np.float32)
-        sign = None if sign is None else np.asarray(sign, np.int8)
-        for values, what in ((target, "target"), (weight, "weight"), (sign, "sign")):
-            if values is not None and values.shape != source.shape:
-                raise DataError(f"{what} has shape {values.shape}, but source has {source.shape}; one value per edge.")
-        if weight is not None and not (np.isfinite(weight).all() and (weight >= 0).all()):
-            raise DataError("Edge weights must be finite and at least 0; a repressing edge is told by its sign.")
-        if sign is not None and not np.isin(sign, (-1, 0, 1)).all():
-            raise DataError("Edge signs must be -1, 0 or +1.")
-        if not directed:
-            source, target = np.concatenate([source, target]), np.concatenate([target, source])
-            weight = None if weight is None else np.tile(weight, 2)
-            sign = None if sign is None else np.tile(sign, 2)
+        extra = np.array(list(nodes), dtype=str)
+        names, at = np.unique(np.concatenate([source, target, extra]), return_inverse=True)
+        src, dst = at[: len(source)], at[len(source) : len(source) + len(target)]
+        return cls(name, names, src, dst, weight=weight, sign=sign, directed=directed)
 
-        self.name = name
-        self.directed = directed
-        self.nodes = np.unique(np.concatenate([source, target, np.array(list(nodes), dtype=str)]).astype(str))
-        src, dst = np.searchsorted(self.nodes, source), np.searchsorted(self.nodes, target)
-        strength = np.zeros(len(src), np.float32) if weight is None else weight
-        order = np.lexsort((-strength, src, dst))
-        src, dst = src[order], dst[order]
-        first = np.flatnonzero(np.r_[True, (np.diff(src) != 0) | (np.diff(dst) != 0)][: len(src)])
-        self.src, self.dst = src[first].astype(np.int64), dst[first].astype(np.int64)
-        self.weight = None if weight is None else weight[order][first]
-        self.sign = None
-        if sign is not None:
-            low = np.minimum.reduceat(sign[order], first) if len(first) else sign
-            high = np.maximum.reduceat(sign[order], first) if len(first) else sign
-            self.sign = np.where(low == high, low, 0).astype(np.int8)
+    @classmethod
+    def from_gene_sets(cls, name: str, sets: Mapping[str, Collection[str]], max_size: int = 200) -> KnowledgeGraph:
+        """Join the genes that share a set, undirected: weight = sum over shared sets of 1 / (set size - 1).
+
+        Small sets say more than large ones (Newman 2001, Phys. Rev. E 64, 016132, eq. 2). Sets of more than
+        ``max_size`` genes are left out, since their edges are many and mean little; their genes stay as nodes.
+        """
+        genes = sorted({gene for members in sets.values() for gene in members})
+        column = {gene: at for at, gene in enumerate(genes)}
+        used = [sorted(set(members)) for members in sets.values() if 2 <= len(set(members)) <= max_size]
+        if not used:
+            raise DataError(f"Gene sets {name!r} hold no set of 2 to {max_size} genes, so they join no genes.")
+        size = np.array([len(members) for members in used])
+        member = sp.csr_matrix(
+            (
+                np.repeat(1 / np.sqrt(size - 1), size),
+                np.array([column[gene] for members in used for gene in members]),
+                np.concatenate([[0], np.cumsum(size)]),
+            ),
+            shape=(len(used), len(genes)),
+        )
+        shared = sp.triu(member.T @ member, k=1).tocoo()
+        return cls(name, genes, shared.row, shared.col, weight=shared.data, directed=False)
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        source: str = "auto",
+        target: str = "auto",
+        sign: str | None = "auto",
+        weight: str | None = "auto",
+        *,
+        verbose: bool = True,
+    ) -> KnowledgeGraph:
+        """Read an edge table (csv, tsv, parquet; ``.gz`` too) or gene sets (gmt), and print what was taken.
+
+        The columns are named or found by their usual names; ``sign=None`` and ``weight=None`` leave theirs out. A table
+        with signs is directed, source acting on target; one without is undirected. Raises DataError where a column
+        cannot be told or used.
+        """
+        if is_gmt(path):
+            graph = cls.from_gene_sets(Path(path).name, read_gene_sets(path))
+        else:
+            table = read_edge_table(path, source, target, sign, weight)
+            graph = cls.from_edges(
+                Path(path).name,
+                table.source,
+                table.target,
+                weight=table.weight,
+                sign=table.sign,
+                directed=table.sign is not None,
+            )
+            if verbose:
+                print(table.note)
+        if verbose:
+            print(graph.describe())
+        return graph
 
     @property
     def num_nodes(self) -> int:
@@ -90,14 +181,13 @@ class KnowledgeGraph:
         strength = np.zeros(self.num_edges) if self.weight is None else self.weight
         order = np.lexsort((self.src, -strength, self.dst))
         rank = np.arange(self.num_edges) - np.searchsorted(self.dst, self.dst)  # edges are sorted by destination
-        return self._edges(np.sort(order[rank < k]), self.nodes, directed=True)
+        return self._part(order[rank < k], np.arange(self.num_nodes), directed=True)
 
     def neighbourhood(self, genes: Iterable[str], hops: int) -> KnowledgeGraph:
         """Return the graph induced on the genes within ``hops`` edges, in either direction, of any gene given."""
         _, inside = self.balls([tuple(genes)], hops)
-        keep = np.zeros(self.num_nodes, bool)
-        keep[inside] = True
-        return self._edges(np.flatnonzero(keep[self.src] & keep[self.dst]), self.nodes[keep], self.directed)
+        edges = np.flatnonzero(np.isin(self.src, inside) & np.isin(self.dst, inside))
+        return self._part(edges, inside, self.directed)
 
     def balls(self, genes: Sequence[tuple[str, ...]], hops: int) -> tuple[np.ndarray, np.ndarray]:
         """Return, for each tuple of genes, the nodes within ``hops`` edges of any of them, in either direction.
@@ -125,14 +215,15 @@ class KnowledgeGraph:
         forward = sp.csr_matrix((one, (self.src, self.dst)), shape=(self.num_nodes, self.num_nodes))
         return forward + forward.T.tocsr()
 
-    def _edges(self, kept: np.ndarray, nodes: np.ndarray, directed: bool) -> KnowledgeGraph:
+    def _part(self, edges: np.ndarray, nodes: np.ndarray, directed: bool) -> KnowledgeGraph:
+        """Return the graph of some edges (indices) over some nodes (indices, ascending, holding all ends)."""
         part = KnowledgeGraph(
             self.name,
-            self.nodes[self.src[kept]],
-            self.nodes[self.dst[kept]],
-            weight=None if self.weight is None else self.weight[kept],
-            sign=None if self.sign is None else self.sign[kept],
-            nodes=nodes,
+            self.nodes[nodes],
+            np.searchsorted(nodes, self.src[edges]),
+            np.searchsorted(nodes, self.dst[edges]),
+            weight=None if self.weight is None else self.weight[edges],
+            sign=None if self.sign is None else self.sign[edges],
         )
         part.directed = directed
         return part

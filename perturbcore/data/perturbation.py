@@ -9,11 +9,11 @@ from typing import NamedTuple
 from perturbcore.data.errors import DataError
 
 CONTEXT_SEPARATOR = "::"
-_CONTROL_SPELLINGS = frozenset(
-    ("ctrl", "control", "controls", "unperturbed", "nonperturbed", "untreated", "vehicle", "mock", "dmso", "pbs")
-    + ("nt", "ntc", "nontargeting", "nontargetingcontrol", "safetargeting", "scramble", "scrambled")
-    + ("negctrl", "negcontrol", "negativecontrol")
-)
+_CONTROL_SPELLINGS = {
+    *("ctrl", "control", "controls", "unperturbed", "nonperturbed", "untreated", "vehicle", "mock", "dmso", "pbs"),
+    *("nt", "ntc", "nontargeting", "nontargetingcontrol", "safetargeting", "scramble", "scrambled"),
+    *("negctrl", "negcontrol", "negativecontrol"),
+}
 
 
 def is_control_spelling(label: str) -> bool:

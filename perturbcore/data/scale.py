@@ -85,24 +85,32 @@ def declared_scale(uns: Mapping[str, Any]) -> tuple[Scale, str] | None:
 
 def check_values(x: np.ndarray | sp.csr_matrix, cells: np.ndarray, genes: np.ndarray) -> None:
     """Refuse a matrix with a negative or non-finite value, naming how many and the first cell and gene."""
-    values = x.data if sp.issparse(x) else x
-    for bad, what in ((~np.isfinite(values), "not finite"), (values < 0, "negative")):
-        if bad.any():
-            if sp.issparse(x):
-                place = int(np.flatnonzero(bad)[0])
-                row, column = int(np.searchsorted(x.indptr, place, side="right")) - 1, int(x.indices[place])
-            else:
-                row, column = (int(i) for i in np.argwhere(bad)[0])
+    values = _stored(x)
+    for bad, what in ((np.flatnonzero(~np.isfinite(values)), "non-finite"), (np.flatnonzero(values < 0), "negative")):
+        if bad.size:
+            row, column = _position(x, int(bad[0]))
             raise DataError(
-                f"X holds {int(bad.sum()):,} {what} values; the first is {x[row, column]} in cell {str(cells[row])!r}, "
-                f"gene {str(genes[column])!r}. Counts and log1p values are finite and at least 0 (X may be centred or "
-                "z-scored: give the matrix from before that step)."
+                f"X holds {bad.size:,} {what} values; the first is {values[bad[0]]} in cell {str(cells[row])!r}, gene "
+                f"{str(genes[column])!r}. Counts and log1p values are finite and at least 0: if X is centred or "
+                "scaled, give the matrix from before that step."
             )
+
+
+def _stored(x: Any) -> np.ndarray:
+    """Return the values of a matrix, one after another; of a sparse one those it stores."""
+    return x.data if sp.issparse(x) else x.ravel()
+
+
+def _position(x: Any, at: int) -> tuple[int, int]:
+    """Return row and column of the stored value number ``at``."""
+    if sp.issparse(x):
+        return int(np.searchsorted(x.indptr, at, side="right")) - 1, int(x.indices[at])
+    return divmod(at, x.shape[1])
 
 
 def resolve_scale(x: np.ndarray | sp.csr_matrix, asked: str | Scale, uns: Mapping[str, Any]) -> tuple[Scale, str]:
     """Decide what checked values are, and say on whose word; a word that contradicts the values is refused."""
-    values = x.data if sp.issparse(x) else np.ravel(x)
+    values = _stored(x)
     largest = float(values.max(initial=0.0))
     if largest == 0:
         raise DataError("X holds nothing but zeros, so there is nothing to learn from; was the right layer put into X?")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -258,23 +258,31 @@ class Screen:
             digest.update(code.tobytes())
         return digest.hexdigest()
 
-    def describe(self) -> str:
-        """Return what this screen holds, in a few lines of plain text."""
+    def describe(self, why: Mapping[str, str] | None = None) -> str:
+        """Return what this screen holds, one aspect per line of plain text; ``why`` adds a remark to an aspect."""
+        single, double = (sum(len(p.genes) == n for p in self.perturbations) for n in (1, 2))
+        more = len(self.perturbations) - single - double
+        kinds = f"{single} single, {double} double" + (f", {more} of more genes" if more else "")
         n_control = int((self.perturbation_code < 0).sum())
-        n_single, n_double = (sum(len(p.genes) == n for p in self.perturbations) for n in (1, 2))
-        up = sum(self.direction[self._rows[c][0]] > 0 for c in self.conditions)
-        lines = [
-            f"{self.num_cells:,} cells x {self.num_genes:,} genes, {self.scale}",
-            f"{len(self.perturbations)} perturbations ({n_single} single, {n_double} double), "
-            f"{n_control:,} control cells ({self.control_label!r})",
-            f"{len(self.contexts)} contexts: {listed(self.contexts)}",
-            f"{len(self.batches)} batches" if self.batch_key else "no batch column: a cell's control is its context's",
-            f"{len(self.conditions)} conditions, {up} by activation, {len(self.conditions) - up} by repression",
-        ]
-        return "\n".join(lines)
+        up = sum(self.direction[self.cells(c)[0]] > 0 for c in self.conditions)
+        aspects = {
+            "cells x genes": f"{self.num_cells:,} x {self.num_genes:,}",
+            "scale": str(self.scale),
+            "perturbation": f"column {self.perturbation_key!r}: {len(self.perturbations)} ({kinds})",
+            "control": f"{self.control_label!r}, {n_control:,} cells",
+            "context": f"column {self.context_key!r}: {listed(self.contexts, 8)}" if self.context_key else "one",
+            "batch": f"column {self.batch_key!r}: {listed(self.batches, 8)}"
+            if self.batch_key
+            else "none; a cell's control is that of its context",
+            "direction": f"{up} conditions by activation, {len(self.conditions) - up} by repression or knock-out",
+        }
+        why = why or {}
+        return "\n".join(
+            f"{aspect:<15}{said}" + f" ({why[aspect]})" * (aspect in why) for aspect, said in aspects.items()
+        )
 
     def __repr__(self) -> str:
-        return f"Screen({self.describe()})".replace("\n", "; ")
+        return f"Screen({self.num_cells:,} cells x {self.num_genes:,} genes, {self.scale})"
 
 
 def _as_float32(x: np.ndarray | sp.spmatrix) -> np.ndarray | sp.csr_matrix:

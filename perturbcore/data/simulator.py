@@ -112,7 +112,8 @@ def simulate(
     genes = np.array(regulators + [f"GENE{i + 1:04d}" for i in range(n_genes - n_perturbations)])
     network = _wire(n_genes, n_perturbations, n_modules, wiring_rng)
     direction = np.where(np.arange(n_perturbations) < round(activation * n_perturbations), 1, -1)
-    treatments = [(i,) for i in range(n_perturbations)] + _pairs(direction, n_doubles, wiring_rng)
+    treatments: list[tuple[int, ...]] = [(i,) for i in range(n_perturbations)]
+    treatments += _pairs(direction, n_doubles, wiring_rng)
 
     module = np.where(network.module < 0, n_modules, network.module)
     gain = np.hstack([cells_rng.lognormal(0, 0.25, (n_contexts, n_modules)), np.ones((n_contexts, 1))])[
@@ -183,9 +184,8 @@ def _wire(n_genes: int, n_regulators: int, n_modules: int, rng: np.random.Genera
     effect = np.zeros((n_regulators, n_genes))
     for regulator in range(n_regulators):
         # The first module goes round, so that every module has regulators to learn from.
-        first = regulator % n_modules
-        second = rng.integers(n_modules)
-        for target in {first, second} if rng.random() < 0.5 else {first}:
+        targets = {regulator % n_modules} | ({int(rng.integers(n_modules))} if rng.random() < 0.5 else set())
+        for target in sorted(targets):
             strength[regulator, target] = rng.uniform(0.7, 1.3) * rng.choice([-1.0, 1.0])
             wired = (module == target) & (rng.random(n_genes) < _RESPONDING)
             effect[regulator, wired] = strength[regulator, target] * loading[wired]
@@ -243,7 +243,7 @@ def _knowledge(
             np.sign(network.loading[within].prod(axis=1)),
         ]
     )
-    graph = KnowledgeGraph(
+    graph = KnowledgeGraph.from_edges(
         "simulated",
         genes[edges[:, 0]],
         genes[edges[:, 1]],

@@ -62,7 +62,7 @@ class Split:
         shared = sorted({of(c) for c in getattr(self, first)} & {of(c) for c in getattr(self, second)})
         if shared:
             raise DataError(
-                f"Split {self.name!r} leaks: {len(shared)} {what}s are both in {first} and in {second}: {listed(shared)}. "
+                f"Split {self.name!r} leaks: {len(shared)} {what}s of {second} are in {first} too ({listed(shared)}). "
                 "Keep each in one part."
             )
 

@@ -1,0 +1,101 @@
+"""Predictions as an AnnData that carries its gene names, labels and scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from perturbcore.data.errors import DataError
+from perturbcore.data.perturbation import Condition
+from perturbcore.data.scale import Scale
+from perturbcore.data.screen import Screen
+
+
+def shift_cells(control_cells: np.ndarray, mean: np.ndarray, delta: np.ndarray) -> np.ndarray:
+    """Move control cells [n, G] by a predicted mean response, float32 [n, G], keeping values at least 0.
+
+    ``mean`` [G] is the mean of the control cells and ``delta`` [G] the response. A gene with mean m is scaled by
+    s = clip(1 + delta / m, 0, 2) (1 where m = 0), and what scaling cannot reach, max(m + delta, 0) - s m, is added to
+    every cell. So the mean of the result is max(m + delta, 0) exactly, and a gene's zeros stay zeros unless it more
+    than doubles or is absent from the controls.
+    """
+    mean, delta = np.asarray(mean, np.float64), np.asarray(delta, np.float64)
+    if mean.shape != delta.shape or control_cells.shape[1:] != mean.shape:
+        raise DataError(f"Shapes differ: cells {control_cells.shape}, mean {mean.shape}, delta {delta.shape}.")
+    ratio = np.divide(delta, mean, out=np.zeros_like(mean), where=mean > 0)
+    scale = np.clip(1 + ratio, 0, 2)
+    rest = np.maximum(np.maximum(mean + delta, 0) - scale * mean, 0)  # negative only by rounding
+    return (control_cells * scale + rest).astype(np.float32)
+
+
+def predictions(
+    screen: Screen,
+    blocks: Sequence[tuple[Condition, np.ndarray]],
+    *,
+    model: str,
+    extra_uns: Mapping[str, Any] | None = None,
+) -> AnnData:
+    """Gather predicted cells, one block [n, G] per condition, under the screen's own genes, columns and labels.
+
+    ``uns["perturbcore"]`` says scale, columns, control label, model and version, so that `read` needs no arguments.
+    """
+    for condition, x in blocks:
+        if x.ndim != 2 or x.shape[1] != screen.num_genes:
+            raise DataError(f"Predicted cells of {condition} have shape {x.shape}, not [n, {screen.num_genes}].")
+        if not np.isfinite(x).all():
+            raise DataError(f"Predicted cells of {condition} by {model!r} hold non-finite values.")
+    if not blocks:
+        raise DataError(f"Model {model!r} predicted nothing; ask for at least one perturbation.")
+    sizes = [len(x) for _, x in blocks]
+    obs = pd.DataFrame(index=pd.Index([f"{model}-{i}" for i in range(sum(sizes))]))
+    labels = np.repeat([screen.label(condition.perturbation) for condition, _ in blocks], sizes)
+    obs[screen.perturbation_key] = pd.Categorical(labels)
+    if screen.context_key:
+        obs[screen.context_key] = pd.Categorical(np.repeat([condition.context for condition, _ in blocks], sizes))
+    own: dict[str, Any] = {
+        "scale": screen.scale.to_uns(),
+        "perturbation_key": screen.perturbation_key,
+        "control_label": screen.control_label,
+        "model": model,
+        "version": version("perturbcore"),
+    }
+    if screen.context_key:
+        own["context_key"] = screen.context_key
+    return AnnData(
+        X=np.concatenate([np.asarray(x, np.float32) for _, x in blocks]),
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(screen.genes)),
+        uns={"perturbcore": own} | dict(extra_uns or {}),
+    )
+
+
+def with_controls(pred: AnnData, screen: Screen) -> AnnData:
+    """Append the measured control cells of the predicted contexts, which cell-eval and `read` require.
+
+    Raises DataError if genes or scale of prediction and screen differ.
+    """
+    if not np.array_equal(pred.var_names, screen.genes):
+        raise DataError("Prediction and screen have different genes, or the same in another order.")
+    scale = Scale.from_uns(pred.uns["perturbcore"]["scale"])
+    if scale != screen.scale:
+        raise DataError(f"The prediction is {scale}, the screen {screen.scale}; compare them on one scale.")
+    contexts = sorted(set(pred.obs[screen.context_key].astype(str))) if screen.context_key else screen.contexts
+    rows = np.concatenate([screen.controls(context) for context in contexts])
+    keys = [key for key in (screen.perturbation_key, screen.context_key) if key]
+    control = AnnData(
+        X=screen.dense(rows),
+        obs=screen.adata.obs.iloc[rows][keys].astype(str),
+        var=pd.DataFrame(index=pred.var_names),
+    )
+    control.obs[screen.perturbation_key] = screen.control_label
+    control.obs_names = [f"control-{name}" for name in screen.adata.obs_names[rows]]
+    plain = AnnData(X=pred.X, obs=pred.obs[keys].astype(str), var=control.var)
+    joined = anndata.concat([plain, control])
+    joined.uns = dict(pred.uns)
+    return joined
