@@ -276,10 +276,8 @@ class Screen:
             else "none; a cell's control is that of its context",
             "direction": f"{up} conditions by activation, {len(self.conditions) - up} by repression or knock-out",
         }
-        why = why or {}
-        return "\n".join(
-            f"{aspect:<15}{said}" + f" ({why[aspect]})" * (aspect in why) for aspect, said in aspects.items()
-        )
+        remarks = {aspect: f" ({remark})" for aspect, remark in (why or {}).items()}
+        return "\n".join(f"{aspect:<15}{said}{remarks.get(aspect, '')}" for aspect, said in aspects.items())
 
     def __repr__(self) -> str:
         return f"Screen({self.num_cells:,} cells x {self.num_genes:,} genes, {self.scale})"
