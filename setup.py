@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -21,15 +22,15 @@ FLAGS = ("-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fv
 class BuildCuda(Command):
     """Compile csrc/ into one shared library beside the bindings.
 
-    PERTURBCORE_CUDA=1 demands it, 0 forbids it; otherwise it is built where nvcc is found, and a failure is only reported.
+    PERTURBCORE_CUDA=1 demands it, 0 forbids it; else it is built where nvcc is found, and a failure is only reported.
     """
 
     description = "compile the CUDA kernels"
-    user_options = []
-    build_lib = None
+    user_options: ClassVar[list] = []
     editable_mode = False
 
     def initialize_options(self):
+        self.build_lib = None
         self.choice = os.environ.get("PERTURBCORE_CUDA")
         if self.choice not in (None, "0", "1"):
             raise SystemExit(f"PERTURBCORE_CUDA is {self.choice!r}; expected 0, 1 or nothing.")

@@ -8,9 +8,8 @@ from ctypes import c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from perturbcore.bindings.backend import BackendError
+from torch import Tensor
 
 ABI_VERSION = 1
 LIBRARY = Path(__file__).with_name("libperturbcore.so")
@@ -30,10 +29,10 @@ SIGNATURES = {
 
 @functools.cache
 def library(path: Path = LIBRARY) -> ctypes.CDLL:
-    """Return the native library with the types of its functions declared; raise BackendError where it cannot be used."""
+    """Return the native library, its functions' types declared; raise BackendError where it cannot be used."""
     if not path.exists():
         raise BackendError(
-            f"The native library {path} was not built; reinstall perturbcore where nvcc is found, with PERTURBCORE_CUDA=1."
+            f"The native library {path} was not built; reinstall perturbcore with PERTURBCORE_CUDA=1 and nvcc."
         )
     try:
         loaded = ctypes.CDLL(str(path))
@@ -131,7 +130,7 @@ def spmm(
     """Return y[b, i] = Σ over edges e: j → i of weight[b, e] · x[b, j], float32 [B, N, D].
 
     Arguments as in ``perturbcore.kernels.graph.reference.spmm``. Beside the output it takes a workspace of
-    (N + E) / 256 rows of B · D floats. An index out of range is skipped, not refused: a check would wait for the device.
+    (N + E) / 256 rows of B · D floats. An index out of range is skipped: to refuse it would be to wait for the device.
     """
     return _spmm(rowptr, col, None, weight, x)
 
@@ -148,7 +147,7 @@ def spmm_backward(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``x`` and ``weight`` in their shapes, given ``grad`` [B, N, D]; empty where not needed."""
+    """Return the gradients of ``x`` and ``weight``, in their shapes, from ``grad`` [B, N, D]; empty if not needed."""
     grad_x, grad_weight = x.new_empty(0), x.new_empty(0)
     if need_x:
         grad_x = _spmm(t_rowptr, t_col, t_perm, weight, grad)

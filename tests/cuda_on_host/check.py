@@ -1,4 +1,4 @@
-"""Runs the kernels of a library built on the host shim, on memory that AddressSanitizer watches; exits 0 if all is right."""
+"""Run the kernels of a library built on the host shim, in memory watched by AddressSanitizer; exit 0 if all is right."""
 
 import ctypes
 import itertools
@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-
 from perturbcore.bindings import native
 
 LIBRARY = native.library(Path(sys.argv[1]))
@@ -55,7 +54,7 @@ def close(result, expected):
 
 
 def sums():
-    # a hub over several segments, many empty rows, one row, no edge; a feature count for each width of load and its tail
+    # a hub over several segments, many empty rows, one row, no edge; features for each width of load, and tails
     graphs = [(7, 5, 1, 0), (30, 20, 2, 600), (400, 50, 0.1, 0), (1, 4, 0, 300), (3, 9, 0, 0)]
     for (rows, cols, degree, hub), (weights, batch), features in zip(
         graphs * 2, itertools.cycle([(1, 1), (2, 2), (1, 2), (2, 1)]), itertools.cycle([3, 65, 34, 68, 33, 64, 132])
@@ -104,9 +103,9 @@ def refusals():
     workspace, out = np.empty(size, np.uint8), np.empty_like(x)
 
     def status(**changes):
-        given = dict(rowptr=address(rowptr), col=address(col), edge=None, weight=None, weight_stride=0, x=address(x))
-        given |= dict(x_stride=0, out=address(out), rows=4, cols=4, edges=col.size, batch=1, features=3)
-        given |= dict(workspace=address(workspace), size=size, stream=None)
+        given = {"rowptr": address(rowptr), "col": address(col), "edge": None, "weight": None, "weight_stride": 0}
+        given |= {"x": address(x), "x_stride": 0, "out": address(out), "rows": 4, "cols": 4, "edges": col.size}
+        given |= {"batch": 1, "features": 3, "workspace": address(workspace), "size": size, "stream": None}
         return LIBRARY.perturbcore_spmm_f32(*(given | changes).values())
 
     assert status() == 0

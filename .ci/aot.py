@@ -1,0 +1,112 @@
+"""Compile every GPU kernel ahead of time, without a GPU, and hold what each needs to its budget in kernels.json.
+
+python .ci/aot.py            exits 1 where a kernel needs more than its budget, or has none
+python .ci/aot.py --write    sets the budgets to what the kernels need now
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from perturbcore.kernels.common import triton_gpu as common
+from perturbcore.kernels.graph import triton_gpu as graph
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).parent.parent
+BUDGET = Path(__file__).with_name("kernels.json")
+ARCHITECTURES = (80, 90)
+USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+CSR = {"rowptr": "*i32", "col": "*i32"}
+SPMM = CSR | {"edge": "*i32", "weight": "*fp32", "x": "*fp32", "out": "*fp32"}
+SIZES = dict.fromkeys(("num_rows", "num_edges", "features", "terms"), "i32")
+BLOCKS = {"ACCUMULATOR": tl.float32, "BLOCK_E": graph.BLOCK_EDGES}
+SDDMM = CSR | {"a": "*fp32", "b": "*fp32", "out": "*fp32"} | SIZES | {"a_stride": "i32", "b_stride": "i32"}
+DRAW = {"key_low": "i64", "key_high": "i64", "row": "*i64", "column": "*i64", "out": "*fp32", "size": "i32"}
+
+# name: kernel, types of its arguments, constants, warps; the configurations that the launchers use
+Configuration = tuple[Any, dict[str, str], dict[str, Any], int]
+CONFIGURATIONS: dict[str, Configuration] = {
+    "draw": (common._draw_kernel, DRAW, {"LOGISTIC": True, "BLOCK": common.BLOCK}, 4),
+}
+for size in (64, 128):
+    CONFIGURATIONS[f"sddmm d={size}"] = (graph._sddmm_kernel, SDDMM, BLOCKS | {"BLOCK_D": size}, graph.WARPS)
+    for name, permuted in (("spmm", False), ("spmm transposed", True)):
+        types = SPMM | SIZES | {"weight_stride": "i32", "x_stride": "i32"}
+        constants = BLOCKS | {"WEIGHTED": True, "PERMUTED": permuted, "BLOCK_D": size}
+        CONFIGURATIONS[f"{name} d={size}"] = (graph._spmm_fwd_kernel, types, constants, graph.WARPS)
+
+
+def usage(binary: Path, architecture: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield what each kernel of a cubin or shared library needs: registers and bytes a thread, shared bytes a block."""
+    command = [triton.knobs.nvidia.cuobjdump.path, "-arch", f"sm_{architecture}", "-res-usage", str(binary)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for name, registers, stack, shared, local in USAGE.findall(printed):
+        registers = -(-int(registers) // 8) * 8  # what the hardware sets aside
+        yield name, {"registers": registers, "stack": int(stack) + int(local), "shared": int(shared)}
+
+
+def triton_kernels(folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
+    """Compile each configuration for each architecture and yield what it needs."""
+    binary = folder / "kernel.cubin"
+    for name, (kernel, types, constants, warps) in CONFIGURATIONS.items():
+        position = {argument: (index,) for index, argument in enumerate(kernel.arg_names)}
+        source = ASTSource(
+            fn=kernel,
+            signature={argument: types.get(argument, "constexpr") for argument in kernel.arg_names},
+            constexprs={position[argument]: value for argument, value in constants.items()},
+            attrs={position[a]: [["tt.divisibility", 16]] for a, kind in types.items() if kind.startswith("*")},
+        )
+        for architecture in ARCHITECTURES:
+            compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+            binary.write_bytes(compiled.asm["cubin"])
+            [(_, needs)] = usage(binary, architecture)
+            # shared memory is asked for at launch, so the binary does not know it
+            yield f"triton {name} sm_{architecture}", needs | {"shared": compiled.metadata.shared}
+
+
+def native_kernels(folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
+    """Build the native library and yield what each of its kernels needs."""
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(folder), "build_cuda"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    for architecture in ARCHITECTURES:
+        for mangled, needs in usage(folder / "perturbcore" / "bindings" / "libperturbcore.so", architecture):
+            name, width = re.search(r"\d([a-z_]+)(?:ILi(\d)E)?E", mangled.split("_cu_", 1)[1][8:]).groups()
+            yield f"native {name}{f'<{width}>' if width else ''} sm_{architecture}", needs
+
+
+def main() -> int:
+    """Compare with the budget, or write it."""
+    with tempfile.TemporaryDirectory() as name:
+        needed = dict(triton_kernels(Path(name)))
+        if shutil.which("nvcc"):
+            needed |= native_kernels(Path(name))
+        else:
+            print("nvcc not found: the native kernels were not compiled")
+    if "--write" in sys.argv[1:]:
+        BUDGET.write_text("{\n" + ",\n".join(f'  "{k}": {json.dumps(v)}' for k, v in needed.items()) + "\n}\n")
+        return 0
+    budget, failed = json.loads(BUDGET.read_text()), False
+    for name, needs in needed.items():
+        allowed = budget.get(name, {})
+        over = [
+            f"{what} {value} > {allowed.get(what)}" for what, value in needs.items() if value > allowed.get(what, -1)
+        ]
+        failed |= bool(over)
+        print(f"{name:44}", *(f"{what} {value:6}" for what, value in needs.items()), *over, sep="  ")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
