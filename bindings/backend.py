@@ -24,9 +24,9 @@ MODULES = {
 }
 SERVES = {
     "reference": frozenset(FAMILY),
-    "numba": frozenset(),
+    "numba": frozenset(FAMILY),
     "triton": frozenset({"spmm", "spmm_backward"}),
-    "cuda": frozenset({"spmm"}),
+    "cuda": frozenset({"spmm", "spmm_backward"}),
 }
 DEFAULTS = {"cpu": ("numba", "reference"), "cuda": ("triton", "cuda", "reference")}
 

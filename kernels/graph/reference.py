@@ -25,10 +25,21 @@ def check_csr(ptr: Tensor, index: Tensor, bound: int, names: tuple[str, str]) ->
     steps = ptr.diff()
     if ptr.numel() == 0 or ptr[0] != 0 or ptr[-1] != index.numel() or (steps.numel() and steps.min() < 0):
         raise ValueError(f"{names[0]} does not rise from 0 to {index.numel()}, the number of entries in {names[1]}.")
+    check_index(names[1], index, bound)
+
+
+def check_index(name: str, index: Tensor, bound: int) -> None:
+    """Refuse indices outside ``0 .. bound - 1``."""
     if index.numel():
         low, high = (int(v) for v in index.aminmax())
         if low < 0 or high >= bound:
-            raise ValueError(f"{names[1]} holds the index {low if low < 0 else high}; expected 0 to {bound - 1}.")
+            raise ValueError(f"{name} holds the index {low if low < 0 else high}; expected 0 to {bound - 1}.")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}.")
 
 
 def rows(ptr: Tensor) -> Tensor:
@@ -170,7 +181,7 @@ def gated_pool(
     gate = (z > 0).to(soft.dtype) + (soft - soft.detach()) if hard else soft
     share = gate * torch.sigmoid(score) if weighted else gate
     pooled = _sum_rows(share[..., None] * h[node], row, q.shape[0], idx)
-    return pooled / _norm(_sum_rows(gate, row, q.shape[0], idx), pool)[:, None], gate, score
+    return pooled / norm(_sum_rows(gate, row, q.shape[0], idx), pool)[:, None], gate, score
 
 
 def gated_pool_backward(
@@ -199,12 +210,8 @@ def gated_pool_backward(
     _, soft = _soft(score, row, node, tau, seed, threshold)
     keep = torch.sigmoid(score) if weighted else torch.ones_like(score)
     grad_pooled = torch.zeros_like(pooled) if grad_pooled is None else grad_pooled
-    size = _sum_rows(gate, row, q.shape[0], idx)
-    norm = _norm(size, pool)
-    grad_sum = grad_pooled / norm[:, None]  # gradient of the sum before it is divided, [B, D]
+    grad_sum, grad_size = norm_backward(grad_pooled, pooled, _sum_rows(gate, row, q.shape[0], idx), pool)
     pull = (grad_sum[row] * h[node]).sum(-1)
-    centre = -(grad_sum * pooled).sum(-1) * (size >= 1)  # gradient of the norm, where it is not the constant 1
-    grad_size = {"sum": torch.zeros_like(size), "mean": centre, "sqrt": centre / (2 * norm)}[pool]
     d_gate = pull * keep + grad_size[row] + (0 if grad_gate is None else grad_gate)
     d_score = d_gate * soft * (1 - soft) / tau + (0 if grad_score is None else grad_score)
     if weighted:
@@ -250,7 +257,16 @@ def _sum_rows(value: Tensor, row: Tensor, n_rows: int, idx: Tensor | None) -> Te
     return value.new_zeros(n_rows, *value.shape[1:]).index_add(0, row, value)
 
 
-def _norm(size: Tensor, pool: str) -> Tensor:
+def norm(size: Tensor, pool: str) -> Tensor:
+    """Return what ``gated_pool`` divides by, given Σ gate [B]."""
     if pool == "sum":
         return torch.ones_like(size)
     return size.clamp(min=1) if pool == "mean" else size.clamp(min=1).sqrt()
+
+
+def norm_backward(grad_pooled: Tensor, pooled: Tensor, size: Tensor, pool: str) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the sum before it is divided, [B, D], and of Σ gate, [B]."""
+    by = norm(size, pool)
+    grad_sum = grad_pooled / by[:, None]
+    centre = -(grad_sum * pooled).sum(-1) * (size >= 1)  # where the norm is not the constant 1
+    return grad_sum, {"sum": torch.zeros_like(size), "mean": centre, "sqrt": centre / (2 * by)}[pool]

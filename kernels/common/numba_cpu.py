@@ -1,0 +1,193 @@
+"""What the Numba kernels share: how they are compiled, elementary functions that vectorise, Philox, prefetching."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+from perturbcore.kernels.common.reference import LOW, MULTIPLIERS, WEYL
+from torch import Tensor
+
+# sums may be reordered and contracted, which is what lets a loop vectorise; NaN and infinity keep their meaning
+FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
+LINE = 64  # bytes of a cache line
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a parallel kernel for the types of its first call; its arrays must be C-contiguous."""
+    return njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)(function)
+
+
+def inner(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a part of a kernel."""
+    return njit(fastmath=FASTMATH, error_model="numpy", cache=True)(function)
+
+
+def run(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Call a kernel on as many threads as PyTorch uses; tensors are handed over contiguous, results must be so."""
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    kernel(*(a.detach().contiguous().numpy() if isinstance(a, Tensor) else a for a in arguments))
+
+
+def scalar(value: float, like: Tensor) -> np.floating[Any]:
+    """Return a number in the type of a tensor: a Python float would turn float32 arithmetic into float64."""
+    return np.float64(value) if like.dtype == torch.float64 else np.float32(value)
+
+
+@inner
+def first_row(ptr, part, parts):
+    """Return where the part begins when the rows of a CSR structure are cut into parts of about equal work."""
+    rows = ptr.size - 1
+    goal = (ptr[rows] + rows) * np.int64(part) // parts  # a parallel loop counts in uint64
+    low, high = 0, rows
+    while low < high:
+        middle = (low + high) // 2
+        if ptr[middle] + middle < goal:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def exp(x: float) -> float:
+    """Exponential; in float32 within 2e-7 of the true value, relative, and 0 or infinite beyond its range."""
+    return math.exp(x)
+
+
+def log(x: float) -> float:
+    """Logarithm of a positive, normal number; in float32 within 2e-7, relative where it is above 1."""
+    return math.log(x)
+
+
+# reassociation would undo the two-part reduction of the argument, so these two are compiled without it
+@njit(fastmath={"contract"}, error_model="numpy", cache=True)
+def _exp32(x):
+    power = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    power = np.float32(128) if power > 128 else power
+    power = np.float32(-127) if power < -127 else power
+    r = (x - power * np.float32(0.693359375)) + power * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    half = np.int32(power) >> 1
+    rest = np.int32(power) - half
+    value = p * np.int32((half + 127) << 23).view(np.float32) * np.int32((rest + 127) << 23).view(np.float32)
+    value = np.float32(0) if x < np.float32(-87.33) else value
+    return np.float32(np.inf) if x > np.float32(88.72) else value
+
+
+@njit(fastmath={"contract"}, error_model="numpy", cache=True)
+def _log32(x):
+    bits = np.float32(x).view(np.int32)
+    power = (bits - np.int32(0x3F3504F3)) >> 23
+    f = np.int32(bits - (power << 23)).view(np.float32) - np.float32(1)  # x = (1 + f)·2^power, √½ ≤ 1 + f < √2
+    p = np.float32(7.0376836292e-2)
+    p = p * f + np.float32(-1.1514610310e-1)
+    p = p * f + np.float32(1.1676998740e-1)
+    p = p * f + np.float32(-1.2420140846e-1)
+    p = p * f + np.float32(1.4249322787e-1)
+    p = p * f + np.float32(-1.6668057665e-1)
+    p = p * f + np.float32(2.0000714765e-1)
+    p = p * f + np.float32(-2.4999993993e-1)
+    p = p * f + np.float32(3.3333331174e-1)
+    k = np.float32(power)
+    return (f + (p * f * f * f - k * np.float32(2.12194440e-4) - np.float32(0.5) * f * f)) + k * np.float32(0.693359375)
+
+
+@overload(exp)
+def _(x):
+    return (lambda x: _exp32(x)) if x == types.float32 else (lambda x: math.exp(x))
+
+
+@overload(log)
+def _(x):
+    return (lambda x: _log32(x)) if x == types.float32 else (lambda x: math.log(x))
+
+
+@inner
+def sigmoid(x):
+    """Return 1 / (1 + e^−x) in the type of x."""
+    one = type(x)(1)
+    return one / (one + exp(-x))
+
+
+@inner
+def _round(key0, key1, c0, c1, c2, c3):
+    first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+    return ((second >> 32) & LOW) ^ c1 ^ key0, second & LOW, ((first >> 32) & LOW) ^ c3 ^ key1, first & LOW
+
+
+@inner
+def philox(key0, key1, c0, c1, c2, c3):
+    """Return the four words of Philox4x32-10 as int64, of int64 counter words below 2**32."""
+    for r in range(10):
+        c0, c1, c2, c3 = _round((key0 + r * WEYL[0]) & LOW, (key1 + r * WEYL[1]) & LOW, c0, c1, c2, c3)
+    return c0, c1, c2, c3
+
+
+@inner
+def _logistic(word, dtype):
+    odd = np.int32(word >> 8) * np.int32(2) + np.int32(1)
+    return log(dtype(odd) / dtype(np.int32(2**25) - odd))
+
+
+@inner
+def logistic_row(seed, row, first, out):
+    """Fill ``out`` with the logistic noise of (row, first), (row, first + 1), …, both multiples of 4 in size."""
+    key0, key1 = seed & LOW, (seed >> 32) & LOW
+    counter = np.empty((4, out.size // 4), np.uint32)
+    c0, c1, c2, c3 = counter[0], counter[1], counter[2], counter[3]
+    for b in range(c0.size):
+        c0[b], c1[b], c2[b], c3[b] = (np.int64(first) >> 2) + b, row, 0, 0
+    for r in range(10):  # outside the loop over blocks, which so vectorises
+        k0, k1 = (key0 + r * WEYL[0]) & LOW, (key1 + r * WEYL[1]) & LOW
+        for b in range(c0.size):
+            c0[b], c1[b], c2[b], c3[b] = _round(
+                k0, k1, np.int64(c0[b]), np.int64(c1[b]), np.int64(c2[b]), np.int64(c3[b])
+            )
+    for i in range(4):
+        word = counter[i]
+        for b in range(word.size):
+            out[4 * b + i] = _logistic(word[b], out.dtype.type)
+
+
+@inner
+def logistic_at(seed, row, column, dtype):
+    """Return the logistic noise of (row, column)."""
+    w0, w1, w2, w3 = philox(seed & LOW, (seed >> 32) & LOW, column >> 2, np.int64(row), 0, 0)
+    low, high = (w1 if column & 1 else w0), (w3 if column & 1 else w2)
+    return _logistic(high if column & 2 else low, dtype)
+
+
+@intrinsic
+def prefetch(typingctx, array, index):
+    """Bring ``array[index]`` of a C-contiguous array towards the first cache; any index is harmless."""
+
+    def codegen(context, builder, signature, arguments):
+        struct = context.make_array(signature.args[0])(context, builder, arguments[0])
+        row = context.cast(builder, arguments[1], signature.args[1], types.intp)
+        word, byte, flag = ir.IntType(64), ir.IntType(8).as_pointer(), ir.IntType(32)
+        stride = builder.extract_value(struct.strides, 0)
+        start = builder.add(builder.ptrtoint(struct.data, word), builder.mul(row, stride))
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, *[flag] * 3])
+        )
+        lines = builder.udiv(builder.add(stride, word(LINE - 1)), word(LINE))
+        with cgutils.for_range(builder, lines) as loop:
+            address = builder.inttoptr(builder.add(start, builder.mul(loop.index, word(LINE))), byte)
+            builder.call(function, [address, flag(0), flag(3), flag(1)])  # a read, kept in all caches, of data
+        return context.get_dummy_value()
+
+    return types.void(array, index), codegen

@@ -1,0 +1,355 @@
+"""The graph family on CPU: gated pooling, over all nodes (dense) or over the candidates of each query (ragged).
+
+The score is a sum over k of w · leaky_relu(a + q), with leaky_relu(r) = (1 + s)/2 · r + (1 − s)/2 · |r|. The linear part
+separates into one number per node and one per query, so a pair costs an addition, an absolute value and a multiply-add per
+k. Since leaky_relu(r) = r · slope(r), the sums Σ d_score · slope over nodes and over queries give the gradients of a, q and w.
+Dense scores are computed for a tile of nodes, transposed so that its nodes fill the vector lanes, against two queries at a
+time; their gradient for four nodes against two queries, with k in the lanes. Both keep what they add to in registers or in
+the first cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numba import prange
+from perturbcore.kernels.common.numba_cpu import (
+    first_row,
+    inner,
+    kernel,
+    logistic_at,
+    logistic_row,
+    run,
+    scalar,
+    sigmoid,
+)
+from perturbcore.kernels.graph.reference import check_csr, check_shape, norm, norm_backward, rows
+from torch import Tensor
+from torch.nn.functional import pad
+
+TILE = 64  # nodes, a multiple of 4
+PARTS = 16  # of the nodes, in backward passes that sum over them
+
+
+@inner
+def _gate(z, hard, tau):
+    """Return the gate and the derivative of its soft value; NaN stays NaN."""
+    zero, one = type(z)(0), type(z)(1)
+    soft = sigmoid(z / tau)
+    step = soft * (one - soft) / tau
+    if not hard:
+        return soft, step
+    return (one if z > zero else zero if z <= zero else z), step
+
+
+@inner
+def _noise(out, seeded, seed, shift, query, first):
+    if seeded:
+        logistic_row(seed, query, first, out)
+    else:
+        out[:] = -shift
+
+
+@kernel
+def _dense(a, q, linear_q, w, slope, tau, hard, seeded, seed, shift, weighted, gate, score, share):
+    """``q`` and ``w`` are padded with zeros to a multiple of 4 in k."""
+    queries, hidden = q.shape
+    nodes, one, half = a.shape[0], a.dtype.type(1), a.dtype.type(0.5)
+    up, bend = half * (one + slope), half * (one - slope)
+    for tile in prange((nodes + TILE - 1) // TILE):
+        first = tile * TILE
+        count = min(TILE, nodes - first)
+        at, linear = np.zeros((hidden, TILE), a.dtype), np.zeros(TILE, a.dtype)
+        for v in range(count):
+            for i in range(a.shape[1]):
+                at[i, v] = a[first + v, i]
+                linear[v] += up * w[i] * a[first + v, i]
+        sums, noise = np.empty((2, TILE), a.dtype), np.empty(TILE, a.dtype)
+        for p in range(0, queries, 2):
+            other = min(p + 1, queries - 1)
+            s0, s1, q0, q1 = sums[0], sums[1], q[p], q[other]
+            for v in range(TILE):
+                s0[v], s1[v] = linear[v] + linear_q[p], linear[v] + linear_q[other]
+            for i in range(0, hidden, 4):
+                a0, a1, a2, a3 = at[i], at[i + 1], at[i + 2], at[i + 3]
+                w0, w1, w2, w3 = bend * w[i], bend * w[i + 1], bend * w[i + 2], bend * w[i + 3]
+                x0, x1, x2, x3 = q0[i], q0[i + 1], q0[i + 2], q0[i + 3]
+                y0, y1, y2, y3 = q1[i], q1[i + 1], q1[i + 2], q1[i + 3]
+                for v in range(TILE):
+                    b0, b1, b2, b3 = a0[v], a1[v], a2[v], a3[v]
+                    s0[v] += w0 * abs(b0 + x0) + w1 * abs(b1 + x1) + w2 * abs(b2 + x2) + w3 * abs(b3 + x3)
+                    s1[v] += w0 * abs(b0 + y0) + w1 * abs(b1 + y1) + w2 * abs(b2 + y2) + w3 * abs(b3 + y3)
+            for r in range(1 + other - p):
+                _noise(noise, seeded, seed, shift, p + r, first)
+                s, gates, scores, shares = sums[r], gate[p + r], score[p + r], share[p + r]
+                for v in range(count):
+                    gated, _ = _gate(s[v] + noise[v], hard, tau)
+                    scores[first + v], gates[first + v] = s[v], gated
+                    shares[first + v] = gated * sigmoid(s[v]) if weighted else gated
+
+
+@kernel
+def _dense_backward(
+    a, q, w, slope, tau, hard, seeded, seed, shift, weighted,
+    score, gate, pull, grad_size, grad_gate, grad_score, grad_a, sum_q, sum_w,
+):  # fmt: skip
+    """``pull`` holds ⟨gradient of the sum, h⟩ per pair and is overwritten by the share of h; empty gradients are zero."""
+    queries, hidden = q.shape
+    nodes, zero, one = a.shape[0], a.dtype.type(0), a.dtype.type(1)
+    tiles = (nodes + TILE - 1) // TILE
+    for part in prange(PARTS):
+        step, noise = np.zeros((queries + 1, TILE), a.dtype), np.empty(TILE, a.dtype)
+        total = np.empty((4, hidden), a.dtype)
+        sum_q[part], sum_w[part] = zero, zero
+        rq, rw, t0, t1, t2, t3 = sum_q[part], sum_w[part], total[0], total[1], total[2], total[3]
+        for tile in range(part * tiles // PARTS, (part + 1) * tiles // PARTS):
+            first = tile * TILE
+            count = min(TILE, nodes - first)
+            for p in range(queries):
+                _noise(noise, seeded, seed, shift, p, first)
+                scores, gates, pulls, steps = score[p], gate[p], pull[p], step[p]
+                for v in range(count):
+                    n = first + v
+                    keep = sigmoid(scores[n]) if weighted else one
+                    _, soft = _gate(scores[n] + noise[v], hard, tau)
+                    steps[v] = (pulls[n] * keep + grad_size[p]) * soft + pulls[n] * gates[n] * keep * (one - keep)
+                    noise[v] = soft
+                    pulls[n] = gates[n] * keep
+                if grad_gate.size:
+                    for v in range(count):
+                        steps[v] += grad_gate[p, first + v] * noise[v]
+                if grad_score.size:
+                    for v in range(count):
+                        steps[v] += grad_score[p, first + v]
+                for v in range(count, TILE):
+                    steps[v] = zero
+            for v in range(0, count, 4):
+                last = nodes - 1
+                a0, a1, a2, a3 = (
+                    a[first + v],
+                    a[min(first + v + 1, last)],
+                    a[min(first + v + 2, last)],
+                    a[min(first + v + 3, last)],
+                )
+                total[:] = zero
+                for p in range(0, queries, 2):
+                    other = min(p + 1, queries - 1)
+                    q0, q1, r0, r1 = q[p], q[other], rq[p], rq[other]
+                    d0, d1, d2, d3 = step[p, v], step[p, v + 1], step[p, v + 2], step[p, v + 3]
+                    f0, f1, f2, f3 = step[p + 1, v], step[p + 1, v + 1], step[p + 1, v + 2], step[p + 1, v + 3]
+                    e0, e1, e2, e3 = slope * d0, slope * d1, slope * d2, slope * d3
+                    g0, g1, g2, g3 = slope * f0, slope * f1, slope * f2, slope * f3
+                    for i in range(hidden):
+                        b0, b1, b2, b3, n0, n1 = a0[i], a1[i], a2[i], a3[i], -q0[i], -q1[i]
+                        x0, x1 = d0 if b0 > n0 else e0, d1 if b1 > n0 else e1
+                        x2, x3 = d2 if b2 > n0 else e2, d3 if b3 > n0 else e3
+                        y0, y1 = f0 if b0 > n1 else g0, f1 if b1 > n1 else g1
+                        y2, y3 = f2 if b2 > n1 else g2, f3 if b3 > n1 else g3
+                        r0[i] += (x0 + x1) + (x2 + x3)
+                        r1[i] += (y0 + y1) + (y2 + y3)
+                        t0[i] += x0 + y0
+                        t1[i] += x1 + y1
+                        t2[i] += x2 + y2
+                        t3[i] += x3 + y3
+                for r in range(min(4, count - v)):
+                    av, t, gav = a[first + v + r], total[r], grad_a[first + v + r]
+                    for i in range(hidden):
+                        gav[i] = w[i] * t[i]
+                        rw[i] += av[i] * t[i]
+
+
+@kernel
+def _row_sums(value, sums):
+    for p in prange(value.shape[0]):
+        row, s = value[p], value.dtype.type(0)
+        for v in range(row.size):
+            s += row[v]
+        sums[p] = s
+
+
+@kernel
+def _ragged(a, q, w, h, ptr, idx, slope, tau, hard, seeded, seed, shift, weighted, pooled, size, gate, score):
+    """``pooled`` is not divided by the norm yet, which depends on ``size``."""
+    for p in prange(q.shape[0]):
+        qp, sum_h, total = q[p], pooled[p], a.dtype.type(0)
+        sum_h[:] = 0
+        for e in range(ptr[p], ptr[p + 1]):
+            av, hv, s = a[idx[e]], h[idx[e]], a.dtype.type(0)
+            for i in range(qp.size):
+                r = av[i] + qp[i]
+                s += w[i] * (r if r > 0 else slope * r)
+            noise = logistic_at(seed, p, idx[e], a.dtype.type) if seeded else -shift
+            gated, _ = _gate(s + noise, hard, tau)
+            share = gated * sigmoid(s) if weighted else gated
+            score[e], gate[e] = s, gated
+            total += gated
+            for d in range(sum_h.size):
+                sum_h[d] += share * hv[d]
+        size[p] = total
+
+
+@kernel
+def _ragged_by_query(
+    a, q, h, ptr, idx, slope, tau, hard, seeded, seed, shift, weighted,
+    score, gate, grad_sum, grad_size, grad_gate, grad_score, step, share, sum_q,
+):  # fmt: skip
+    """The gradient of each score, the share of h, and Σ d_score · slope of each query."""
+    one = a.dtype.type(1)
+    for p in prange(q.shape[0]):
+        qp, gp, rq = q[p], grad_sum[p], sum_q[p]
+        rq[:] = 0
+        for e in range(ptr[p], ptr[p + 1]):
+            av, hv, pull = a[idx[e]], h[idx[e]], a.dtype.type(0)
+            for d in range(gp.size):
+                pull += gp[d] * hv[d]
+            noise = logistic_at(seed, p, idx[e], a.dtype.type) if seeded else -shift
+            keep = sigmoid(score[e]) if weighted else one
+            _, soft = _gate(score[e] + noise, hard, tau)
+            up = (pull * keep + grad_size[p]) * soft + pull * gate[e] * keep * (one - keep)
+            up += grad_gate[e] * soft if grad_gate.size else 0
+            up += grad_score[e] if grad_score.size else 0
+            step[e], share[e], down = up, gate[e] * keep, slope * up
+            for i in range(qp.size):
+                rq[i] += up if av[i] + qp[i] > 0 else down
+
+
+@kernel
+def _ragged_by_node(a, q, w, t_ptr, position, query, slope, step, share, grad_sum, grad_a, grad_h, sum_w):
+    for part in prange(PARTS):
+        rw, total = sum_w[part], np.empty(a.shape[1], a.dtype)
+        rw[:] = 0
+        for v in range(first_row(t_ptr, part, PARTS), first_row(t_ptr, part + 1, PARTS)):
+            av, gav, ghv = a[v], grad_a[v], grad_h[v]
+            total[:] = 0
+            ghv[:] = 0
+            for t in range(t_ptr[v], t_ptr[v + 1]):
+                e = position[t]
+                qp, gp, up, part_h = q[query[e]], grad_sum[query[e]], step[e], share[e]
+                down = slope * up
+                for i in range(total.size):
+                    total[i] += up if av[i] + qp[i] > 0 else down
+                for d in range(ghv.size):
+                    ghv[d] += part_h * gp[d]
+            for i in range(total.size):
+                gav[i] = w[i] * total[i]
+                rw[i] += av[i] * total[i]
+
+
+def gated_pool(
+    a: Tensor,
+    q: Tensor,
+    w: Tensor,
+    h: Tensor,
+    ptr: Tensor | None,
+    idx: Tensor | None,
+    tau: float,
+    hard: bool,
+    seed: int | None,
+    threshold: float,
+    weighted: bool,
+    pool: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.gated_pool``; over all nodes it needs one more array of the size of the score."""
+    _check(a, q, w, h, ptr, idx)
+    slope = scalar(negative_slope, a)
+    noise = _noise_options(a, tau, hard, seed, threshold, weighted)
+    size = a.new_empty(q.shape[0])
+    if ptr is not None and idx is not None:
+        pooled, gate, score = a.new_empty(q.shape[0], h.shape[1]), a.new_empty(idx.shape), a.new_empty(idx.shape)
+        run(_ragged, a, q, w, h, ptr, idx, slope, *noise, pooled, size, gate, score)
+    else:
+        gate, score, share = (a.new_empty(q.shape[0], a.shape[0]) for _ in range(3))
+        linear_q = (q @ w) * (0.5 * (1 + negative_slope))
+        fill = (0, -w.shape[0] % 4)
+        run(_dense, a, pad(q, fill), linear_q, pad(w, fill), slope, *noise, gate, score, share)
+        run(_row_sums, gate, size)
+        pooled = share @ h
+    return pooled.div_(norm(size, pool)[:, None]), gate, score
+
+
+def gated_pool_backward(
+    a: Tensor,
+    q: Tensor,
+    w: Tensor,
+    h: Tensor,
+    ptr: Tensor | None,
+    idx: Tensor | None,
+    tau: float,
+    hard: bool,
+    seed: int | None,
+    threshold: float,
+    weighted: bool,
+    pool: str,
+    negative_slope: float,
+    pooled: Tensor,
+    gate: Tensor,
+    score: Tensor,
+    grad_pooled: Tensor | None,
+    grad_gate: Tensor | None,
+    grad_score: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``reference.gated_pool_backward``; needs an array of the size of the score, and ``PARTS`` of the size of ``q``."""
+    _check(a, q, w, h, ptr, idx)
+    pairs = (q.shape[0], a.shape[0]) if idx is None else tuple(idx.shape)
+    for name, tensor in (("gate", gate), ("score", score), ("grad_gate", grad_gate), ("grad_score", grad_score)):
+        if tensor is not None:
+            check_shape(name, tensor, pairs)
+    grad_pooled = torch.zeros_like(pooled) if grad_pooled is None else grad_pooled
+    check_shape("grad_pooled", grad_pooled, (q.shape[0], h.shape[1]))
+    check_shape("pooled", pooled, grad_pooled.shape)
+    none = a.new_empty((0,) * score.dim())
+    direct = none if grad_gate is None else grad_gate, none if grad_score is None else grad_score
+    slope = scalar(negative_slope, a)
+    noise = _noise_options(a, tau, hard, seed, threshold, weighted)
+    grad_a, sum_w = torch.empty_like(a), a.new_empty(PARTS, a.shape[1])
+
+    if ptr is None or idx is None:
+        size = a.new_empty(q.shape[0])
+        run(_row_sums, gate, size)
+        grad_sum, grad_size = norm_backward(grad_pooled, pooled, size, pool)
+        share = grad_sum @ h.T
+        sum_q = a.new_empty(PARTS, *q.shape)
+        run(
+            _dense_backward, a, q, w, slope, *noise,
+            score, gate, share, grad_size, *direct, grad_a, sum_q, sum_w,
+        )  # fmt: skip
+        sum_q, grad_h = sum_q.sum(0), share.T @ grad_sum
+    else:
+        query = rows(ptr)
+        size = gate.new_zeros(q.shape[0]).index_add(0, query, gate)
+        grad_sum, grad_size = norm_backward(grad_pooled, pooled, size, pool)
+        step, share, sum_q, grad_h = (
+            torch.empty_like(score),
+            torch.empty_like(score),
+            torch.empty_like(q),
+            torch.empty_like(h),
+        )
+        run(
+            _ragged_by_query, a, q, h, ptr, idx, slope, *noise,
+            score, gate, grad_sum, grad_size, *direct, step, share, sum_q,
+        )  # fmt: skip
+        position = torch.argsort(idx, stable=True)
+        t_ptr = pad(torch.bincount(idx, minlength=a.shape[0]).cumsum(0), (1, 0))
+        run(_ragged_by_node, a, q, w, t_ptr, position, query, slope, step, share, grad_sum, grad_a, grad_h, sum_w)
+    return grad_a, sum_q * w, sum_w.sum(0) + (q * sum_q).sum(0), grad_h
+
+
+def _check(a: Tensor, q: Tensor, w: Tensor, h: Tensor, ptr: Tensor | None, idx: Tensor | None) -> None:
+    """Refuse what a kernel would read out of bounds."""
+    check_shape("w", w, (a.shape[1],))
+    check_shape("q", q, (q.shape[0], a.shape[1]))
+    check_shape("h", h, (a.shape[0], h.shape[-1]))
+    if ptr is not None and idx is not None:
+        check_shape("candidates[0]", ptr, (q.shape[0] + 1,))
+        check_csr(ptr, idx, a.shape[0], ("candidates[0]", "candidates[1]"))
+
+
+def _noise_options(
+    a: Tensor, tau: float, hard: bool, seed: int | None, threshold: float, weighted: bool
+) -> tuple[object, ...]:
+    """Return the part of the kernels' arguments that says how a score becomes a gate."""
+    shift = math.log(threshold / (1 - threshold))
+    return scalar(tau, a), hard, seed is not None, np.int64(seed or 0), scalar(shift, a), weighted
