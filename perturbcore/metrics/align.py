@@ -43,8 +43,11 @@ def align(name: str, prediction: AnnData, real: Screen) -> Screen:
     obs[real.perturbation_key] = [spelling.get(label, label) for label in obs[real.perturbation_key]]
     var = prediction.var[[]].iloc[columns]
     x = prediction.X[:, columns]
-    check_values(x, prediction.obs_names.to_numpy(), var.index.to_numpy())
-    scale, _ = declared_scale(prediction.uns) or resolve_scale(x, "auto", prediction.uns)
+    try:
+        check_values(x, prediction.obs_names.to_numpy(), var.index.to_numpy())
+        scale, _ = declared_scale(prediction.uns) or resolve_scale(x, "auto", prediction.uns)
+    except DataError as error:
+        raise DataError(f"Prediction {name!r}: {error}") from error
     own, wanted = scale.target_sum, real.scale.target_sum
     same_sum = own is None or wanted is None or np.isclose(own, wanted, rtol=1e-4)
     if scale.kind != real.scale.kind or not same_sum:
