@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from perturbcore.data.errors import DataError
 from perturbcore.data.perturbation import Condition
-from perturbcore.data.scale import Scale
+from perturbcore.data.scale import declared_scale
 from perturbcore.data.screen import Screen
 
 
@@ -58,15 +58,8 @@ def predictions(
     obs[screen.perturbation_key] = pd.Categorical(labels)
     if screen.context_key:
         obs[screen.context_key] = pd.Categorical(np.repeat([condition.context for condition, _ in blocks], sizes))
-    own: dict[str, Any] = {
-        "scale": screen.scale.to_uns(),
-        "perturbation_key": screen.perturbation_key,
-        "control_label": screen.control_label,
-        "model": model,
-        "version": version("perturbcore"),
-    }
-    if screen.context_key:
-        own["context_key"] = screen.context_key
+    own = dict(screen.adata.uns["perturbcore"]) | {"model": model, "version": version("perturbcore")}
+    own.pop("batch_key", None)  # a predicted cell is of no batch
     return AnnData(
         X=np.concatenate([np.asarray(x, np.float32) for _, x in blocks]),
         obs=obs,
@@ -82,8 +75,9 @@ def with_controls(pred: AnnData, screen: Screen) -> AnnData:
     """
     if not np.array_equal(pred.var_names, screen.genes):
         raise DataError("Prediction and screen have different genes, or the same in another order.")
-    scale = Scale.from_uns(pred.uns["perturbcore"]["scale"])
-    if scale != screen.scale:
+    declared = declared_scale(pred.uns)
+    if declared is None or declared[0] != screen.scale:
+        scale = "of unknown scale" if declared is None else declared[0]
         raise DataError(f"The prediction is {scale}, the screen {screen.scale}; compare them on one scale.")
     contexts = sorted(set(pred.obs[screen.context_key].astype(str))) if screen.context_key else screen.contexts
     rows = np.concatenate([screen.controls(context) for context in contexts])

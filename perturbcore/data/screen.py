@@ -45,6 +45,7 @@ class Screen:
     ``adata.X`` is float32, CSR or dense. ``direction`` is +1 for activation and -1 for repression or knock-out, per
     cell or one for all. `perturbcore.data.read` is how a file becomes a Screen; this constructor takes its labels on
     trust, apart from refusing a condition that mixes directions. The AnnData given is not changed, but X may be shared.
+    ``adata.uns["perturbcore"]`` keeps columns, control label and scale, so that the file it is written to reads alike.
     """
 
     def __init__(
@@ -74,6 +75,11 @@ class Screen:
         code_of = {p: code for code, p in enumerate(self.perturbations)} | {Perturbation(): -1}
         self.perturbation_code = np.array([code_of[p] for p in parsed], np.int32)[label_code]
         self._label_of = dict(zip(reversed(parsed), reversed(labels), strict=True)) | {Perturbation(): control_label}
+
+        keys = {"perturbation_key": perturbation_key, "context_key": context_key, "batch_key": batch_key}
+        stored = {key: name for key, name in keys.items() if name is not None}
+        kept = {key: said for key, said in adata.uns.get("perturbcore", {}).items() if key not in keys}
+        self.adata.uns["perturbcore"] = kept | stored | {"control_label": control_label, "scale": scale.to_uns()}
 
         self.context_code, self.contexts = self._factor(context_key)
         self.batch_code, self.batches = self._factor(batch_key)

@@ -20,7 +20,7 @@ from perturbcore.data.screen import Screen
 _IN_MODULES = 0.8  # share of genes that belong to a module; the others never respond
 _RESPONDING = 0.6  # share of a target module that a regulator acts on
 _KNOWN = 0.9  # share of the true edges that the knowledge graph holds
-_OWN_GENE = 1.5  # log fold change of the perturbed gene itself
+_OWN_GENE = 2.0  # log fold change of the perturbed gene itself
 _DAMPING = 0.9  # a double does a little less than its two singles together
 
 
@@ -186,7 +186,7 @@ def _wire(n_genes: int, n_regulators: int, n_modules: int, rng: np.random.Genera
         # The first module goes round, so that every module has regulators to learn from.
         targets = {regulator % n_modules} | ({int(rng.integers(n_modules))} if rng.random() < 0.5 else set())
         for target in sorted(targets):
-            strength[regulator, target] = rng.uniform(0.7, 1.3) * rng.choice([-1.0, 1.0])
+            strength[regulator, target] = rng.uniform(0.9, 1.5) * rng.choice([-1.0, 1.0])
             wired = (module == target) & (rng.random(n_genes) < _RESPONDING)
             effect[regulator, wired] = strength[regulator, target] * loading[wired]
     effect[np.arange(n_regulators), np.arange(n_regulators)] = 0  # a regulator's own change is set by the intervention

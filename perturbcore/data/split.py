@@ -140,6 +140,8 @@ def _measured(text: str, screen: Screen) -> list[Condition]:
     context, separator, label = text.rpartition(CONTEXT_SEPARATOR)
     known = {gene for perturbation in screen.perturbations for gene in perturbation.genes}
     perturbation = Perturbation.parse(label, control=screen.control_label, known=known)
+    if perturbation.is_control:
+        return []  # some split files list the control among what trains; controls belong to no part
     found = [c for c in screen.conditions if c.perturbation == perturbation and (not separator or c.context == context)]
     if not found:
         choices = map(str, screen.conditions if separator else screen.perturbations)
