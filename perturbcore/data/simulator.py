@@ -119,7 +119,7 @@ def simulate(
     gain = np.hstack([cells_rng.lognormal(0, 0.25, (n_contexts, n_modules)), np.ones((n_contexts, 1))])[
         :, module
     ]  # [C, G]
-    baseline = cells_rng.normal(0, 1, n_genes) + cells_rng.normal(0, 0.4, (n_contexts, n_genes))
+    baseline = cells_rng.normal(0, 0.7, n_genes) + cells_rng.normal(0, 0.4, (n_contexts, n_genes))
     expected = n_genes * counts_per_gene * np.exp(baseline) / np.exp(baseline).sum(axis=1, keepdims=True)
     batch_shift = cells_rng.normal(0, 0.15 if n_batches > 1 else 0, (n_batches, n_genes))
 
