@@ -105,7 +105,10 @@ def compare(
     started = time.monotonic()
     out = Path(out)
     claim(out)
-    kinds = chosen_kinds(models, overrides or {})
+    kinds = {name: kind_of(name) for name in (MODELS if models is None else models)} | dict(BASELINES)
+    for name in overrides or {}:
+        if kind_of(name) not in kinds.values():
+            raise ValueError(f"A setting is given for {name!r}, which is not among the models of this run.")
     graphs = [k if isinstance(k, KnowledgeGraph) else KnowledgeGraph.read(k) for k in knowledge]
     if isinstance(embedding, (str, Path)):
         embedding = GeneEmbedding.read(embedding)
@@ -193,13 +196,15 @@ def claim(out: Path, *, replace_job: str | None = None) -> None:
     )
 
 
-def chosen_kinds(models: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, type[Model]]:
-    """Return the classes to run, models first and baselines after; ValueError for a name that is neither."""
+def kind_of(name: str) -> type[Model]:
+    """Return the class of a model or baseline; ValueError, naming the nearest, for another name."""
     every = MODELS | BASELINES
-    for name in [*(models or ()), *overrides]:
-        if name not in every:
-            raise ValueError(f"There is no model {name!r}.{suggest(name, every)} Models: {', '.join(MODELS)}.")
-    return {name: MODELS[name] for name in (MODELS if models is None else models) if name in MODELS} | dict(BASELINES)
+    if name not in every:
+        raise ValueError(
+            f"There is no model {name!r}.{suggest(name, every)} "
+            f"Models are {', '.join(MODELS)}; baselines {', '.join(BASELINES)}."
+        )
+    return every[name]
 
 
 def build(
@@ -236,8 +241,8 @@ def _run_model(
     predicted = model.predict(screen, split.test, seed=seed)
     card |= {"seconds_fit": round(fitted - clock, 2), "seconds_predict": round(time.monotonic() - fitted, 2)}
     card["notes"] = model.notes
-    card["fallbacks"] = dict(predicted.uns["perturbcore"].get("fallback", {}))
-    _write_h5ad(out / f"pred_{name}.h5ad", with_controls(predicted, screen))
+    card["fallbacks"] = dict(predicted.uns.get("fallback", {}))
+    write_h5ad(out / f"pred_{name}.h5ad", with_controls(predicted, screen))
     if folder is not None and hasattr(model, "subgraph"):
         selected = model.subgraph(sorted({c.perturbation for c in split.test}))
         write_atomic(folder / "subgraph.csv", selected.to_csv(index=False).encode())
@@ -278,7 +283,8 @@ def write_scores(out: Path, scores: Scores) -> None:
     write_atomic(out / "deltas.npz", buffer.getvalue())
 
 
-def _write_h5ad(path: Path, adata: AnnData) -> None:
+def write_h5ad(path: Path, adata: AnnData) -> None:
+    """Write an AnnData, compressed, so that `path` never holds half of it."""
     partial = path.with_name(path.name + ".partial")
     try:
         adata.write_h5ad(partial, compression="gzip")

@@ -173,13 +173,19 @@ def _skipped(run: Run) -> list[str]:
     return lines
 
 
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(v)}" for key, v in value.items())
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def _method(run: Run) -> list[tuple[str, Any]]:
     m = run.manifest
     seconds = f"{m['seconds']:.0f} s" if m["seconds"] < 120 else f"{m['seconds'] / 60:.1f} min"
     models = []
     for name, model in m["models"].items():
         if model["status"] == "fitted":
-            notes = [f"{key.replace('_', ' ')}: {value}" for key, value in model["notes"].items()]
+            notes = [f"{key}: {_plain(value)}" for key, value in model["notes"].items()]
             times = f"fitted in {model['seconds_fit']:.1f} s, predicted in {model['seconds_predict']:.1f} s"
             models.append((NAMES.get(name, name), "; ".join([times, *notes])))
     return [

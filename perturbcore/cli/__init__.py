@@ -1,0 +1,83 @@
+"""The command line: `perturbcore COMMAND`, errors in one or two lines, heavy imports only inside a command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from perturbcore.cli import bench, inspection, modelling, runs
+
+app = typer.Typer(
+    name="perturbcore",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+UsageError = typer.BadParameter.__bases__[0]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"perturbcore {version('perturbcore')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Predict how cells respond to genetic perturbations, and see how good the prediction is.
+
+    Start with `perturbcore demo`, then `perturbcore compare your_screen.h5ad`.
+    """
+
+
+app.command("demo")(runs.demo)
+app.command("compare")(runs.compare)
+app.command("inspect")(inspection.inspect)
+app.add_typer(inspection.split, name="split")
+app.command("fit")(modelling.fit)
+app.command("predict")(modelling.predict)
+app.command("evaluate")(modelling.evaluate)
+app.command("report")(runs.report)
+app.command("bench")(bench.bench)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 on success, 1 for an error, 2 for wrong usage, 130 when interrupted.
+
+    Errors are one or two lines on stderr; with PERTURBCORE_DEBUG=1 their traceback is shown.
+    """
+    try:
+        return int(app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False) or 0)
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "perturbcore"
+        print(f"error: {error.format_message()}\nSee `{where} --help`.", file=sys.stderr)  # type: ignore[attr-defined]
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("PERTURBCORE_DEBUG") == "1":
+            raise
+        # Refusals meant for the user are ValueErrors and OSErrors; anything else is a fault of ours, and says so.
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+        else:
+            print(f"internal error: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
+            print("Set PERTURBCORE_DEBUG=1 to see where, and please report it.", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

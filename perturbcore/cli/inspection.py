@@ -1,0 +1,136 @@
+"""Look before you fit: `inspect` a screen, `split preview` and `split write`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from perturbcore.cli import options
+
+if TYPE_CHECKING:
+    from perturbcore.data import Screen
+
+split = typer.Typer(no_args_is_help=True, help="See or save which perturbations train, choose and judge a model.")
+
+
+def inspect(
+    file: options.Screen,
+    knowledge: options.Knowledge = None,
+    embedding: options.Embedding = None,
+    perturbation: options.Perturbation = "auto",
+    control: options.Control = "auto",
+    context_column: options.ContextColumn = "auto",
+    scale: options.Scale = "auto",
+    batch: options.Batch = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check a screen: columns, control, scale, cells per perturbation, and which genes your knowledge covers.
+
+    Exits with 0 only if the screen can be used as it is; otherwise it says what to mend.
+    """
+    from perturbcore.data import GeneEmbedding, KnowledgeGraph, read
+
+    screen = read(file, perturbation, control, context_column, batch, scale, verbose=not as_json)
+    genes = sorted({gene for p in screen.perturbations for gene in p.genes})
+    found = _facts(screen)
+    sources = [(graph.name, graph.index(genes) >= 0) for graph in map(KnowledgeGraph.read, knowledge or ())]
+    if embedding is not None:
+        vectors = GeneEmbedding.read(embedding)
+        sources.append((vectors.name, vectors.lookup(genes)[1]))
+    found["knowledge"] = [
+        {"name": name, "covered": int(known.sum()), "of": len(genes), "missing": _names(genes, known)}
+        for name, known in sources
+    ]
+    if as_json:
+        print(json.dumps(found))
+        return
+    cells = sorted(found["cells_per_condition"].items(), key=lambda item: (item[1], item[0]))
+    few = [f"{label} ({n})" for label, n in cells if n < 10]
+    print(f"{'cells each':<15}{cells[0][1]:,} ({cells[0][0]}) to {cells[-1][1]:,} ({cells[-1][0]})")
+    if few:
+        more = f" and {len(few) - 8} more" if len(few) > 8 else ""
+        print(f"{'few cells':<15}{', '.join(few[:8])}{more}: their scores will be noisy")
+    for source in found["knowledge"]:
+        missing = f"; missing: {', '.join(source['missing'][:8])}" if source["missing"] else ""
+        more = f" and {len(source['missing']) - 8} more" if len(source["missing"]) > 8 else ""
+        print(
+            f"{'knowledge':<15}{source['name']} knows {source['covered']} of {source['of']} perturbed genes{missing}{more}"
+        )
+    print("This screen can be used.")
+
+
+def _facts(screen: Screen) -> dict[str, Any]:
+    return {
+        "cells": screen.num_cells,
+        "genes": screen.num_genes,
+        "scale": str(screen.scale),
+        "perturbation_column": screen.perturbation_key,
+        "control": screen.control_label,
+        "control_cells": int((screen.perturbation_code < 0).sum()),
+        "context_column": screen.context_key,
+        "contexts": list(screen.contexts),
+        "batch_column": screen.batch_key,
+        "perturbations": [str(p) for p in screen.perturbations],
+        "cells_per_condition": {str(c): len(screen.cells(c)) for c in screen.conditions},
+        "fingerprint": screen.fingerprint,
+    }
+
+
+def _names(genes: list[str], known: Any) -> list[str]:
+    return [gene for gene, there in zip(genes, known, strict=True) if not there]
+
+
+@split.command("preview")
+def preview(
+    file: options.Screen,
+    split: options.Split = "unseen_perturbation",
+    context: options.Context = None,
+    perturbation: options.Perturbation = "auto",
+    control: options.Control = "auto",
+    context_column: options.ContextColumn = "auto",
+    scale: options.Scale = "auto",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Count perturbations and cells in each part, without writing anything."""
+    from perturbcore.data import make_split, read
+
+    screen = read(file, perturbation, control, context_column, None, scale, verbose=False)
+    made = make_split(split, screen, context=context, seed=seed)
+    table = made.preview(screen)
+    if as_json:
+        parts = {part: [str(c) for c in getattr(made, part)] for part in ("train", "val", "test")}
+        counts = json.loads(table.to_json(orient="records"))
+        print(json.dumps({"name": made.name, "seed": made.seed, "hash": made.hash, "counts": counts} | parts))
+        return
+    print(f"{made.name}, seed {made.seed}, hash {made.hash[:16]}")
+    print(table.to_string(index=False))
+    print("test: " + ", ".join(map(str, made.test)))
+
+
+@split.command("write")
+def write(
+    file: options.Screen,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The .json file to write; must be new.")],
+    split: options.Split = "unseen_perturbation",
+    context: options.Context = None,
+    perturbation: options.Perturbation = "auto",
+    control: options.Control = "auto",
+    context_column: options.ContextColumn = "auto",
+    scale: options.Scale = "auto",
+    seed: options.Seed = 0,
+) -> None:
+    """Write a split to a .json file, to edit, to share, or to give to --split."""
+    from perturbcore.data import make_split, read
+
+    if out.exists():
+        raise FileExistsError(f"{out} exists already. Choose another name, or remove it first.")
+    if out.suffix != ".json":
+        raise typer.BadParameter(f"--out {out} must end in .json, so that --split knows it for a file.")
+    screen = read(file, perturbation, control, context_column, None, scale, verbose=False)
+    made = make_split(split, screen, context=context, seed=seed)
+    made.to_json(out)
+    print(f"{out}: {len(made.train)} train, {len(made.val)} val, {len(made.test)} test, hash {made.hash[:16]}")

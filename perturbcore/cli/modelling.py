@@ -1,0 +1,179 @@
+"""The three steps of `compare` by themselves: `fit` one model, `predict` with it, `evaluate` predictions."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from perturbcore.cli import options
+
+if TYPE_CHECKING:
+    from perturbcore.data import Screen
+
+
+def fit(
+    file: options.Screen,
+    model: Annotated[str, typer.Option(metavar="NAME", help="Which model: adapert, or a baseline such as ridge.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the fitted model; must be new or empty.")],
+    knowledge: options.Knowledge = None,
+    embedding: options.Embedding = None,
+    split: options.Split = "unseen_perturbation",
+    context: options.Context = None,
+    perturbation: options.Perturbation = "auto",
+    control: options.Control = "auto",
+    context_column: options.ContextColumn = "auto",
+    scale: options.Scale = "auto",
+    batch: options.Batch = None,
+    preset: options.Preset = "default",
+    seed: options.Seed = 0,
+    epochs: options.Epochs = None,
+    strict: options.Strict = False,
+    set_: options.Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit in DIR.")] = False,
+) -> None:
+    """Fit one model to a screen and save it.
+
+    Example: perturbcore fit screen.h5ad --model adapert --knowledge string.csv.gz --out models/first
+    """
+    from perturbcore.comparison import build, claim, kind_of
+    from perturbcore.data import GeneEmbedding, KnowledgeGraph, make_split, prepare, read
+
+    changes = options.overrides(set_)
+    if other := set(changes) - {model}:
+        raise typer.BadParameter(f"--set names {sorted(other)[0]!r}, and the model to fit is {model!r}.")
+    if not resume:
+        claim(out)
+    graphs = [KnowledgeGraph.read(path) for path in knowledge or ()]
+    vectors = None if embedding is None else GeneEmbedding.read(embedding)
+    candidate = build(kind_of(model), graphs, vectors, preset, epochs, strict, changes.get(model, {}))
+    screen = read(file, perturbation, control, context_column, batch, scale)
+    made = make_split(split, screen, context=context, seed=seed)
+    candidate.fit(prepare(screen, made), made, seed=seed, run_dir=out, resume=resume)
+    made.to_json(out / "split.json")
+    print(f"{model} fitted on {len(made.train)} conditions, saved in {out}; the split is in {out / 'split.json'}")
+
+
+def predict(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A folder that fit wrote, or DIR/models/NAME of compare.")
+    ],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Cells with controls; their genes must include the model's.")
+    ],
+    perturbations: Annotated[
+        str, typer.Option(metavar="A,B+C", help="What to predict: genes, A+B for both, line::A for one cell line only.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The .h5ad to write; must be new.")],
+    n_cells: Annotated[int | None, typer.Option(min=1, help="Cells per perturbation; at most 256 by default.")] = None,
+    perturbation: options.Perturbation = "auto",
+    control: options.Control = "auto",
+    context_column: options.ContextColumn = "auto",
+    scale: options.Scale = "auto",
+    batch: options.Batch = None,
+    seed: options.Seed = 0,
+) -> None:
+    """Predict cells for perturbations, measured or never seen, from control cells.
+
+    Raw counts are brought to the scale the model was fitted on. The real control cells are appended.
+
+    Example: perturbcore predict models/first screen.h5ad --perturbations JAK2,STAT1+IRF1 --out jak2.h5ad
+    """
+    from perturbcore.comparison import write_h5ad
+    from perturbcore.data import read, with_controls
+    from perturbcore.models import load
+
+    asked = options.names(perturbations)
+    if not asked:
+        raise typer.BadParameter("--perturbations names nothing: give genes such as JAK2,STAT1+IRF1.")
+    if out.exists():
+        raise FileExistsError(f"{out} exists already. Choose another name, or remove it first.")
+    fitted = load(model)
+    training = fitted.training
+    assert training is not None
+    cells = read(file, perturbation, control, context_column, batch, scale)
+    if cells.scale.kind == "counts":
+        cells = cells.normalise(_target_sum(training.scale))
+    cells = cells.select_genes(training.genes)
+    predicted = fitted.predict(cells, asked, n_cells, seed=seed)
+    write_h5ad(out, with_controls(predicted, cells))
+    print(f"{out}: {predicted.n_obs:,} predicted cells of {len(asked)} perturbations and their controls, {cells.scale}")
+
+
+def _target_sum(scale: str) -> float:
+    """The target sum in the words of a model's scale: "log1p, target sum 4,000"."""
+    word = scale.rpartition(" ")[2].replace(",", "")
+    try:
+        return float(word)
+    except ValueError:
+        raise ValueError(
+            f"The model was fitted on {scale}, so raw counts cannot be brought to its scale; give log1p cells."
+        ) from None
+
+
+def evaluate(
+    file: options.Screen,
+    predictions: Annotated[list[Path], typer.Argument(metavar="PRED...", help="Predicted cells, one .h5ad per model.")],
+    split: Annotated[
+        str | None, typer.Option(metavar="FILE", help="split.json of the fit: scores its test part only.")
+    ] = None,
+    context: options.Context = None,
+    perturbation: options.Perturbation = "auto",
+    control: options.Control = "auto",
+    context_column: options.ContextColumn = "auto",
+    scale: options.Scale = "auto",
+    seed: options.Seed = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the tables into this new folder.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Score predicted cells against a measured screen, from any model that writes h5ad.
+
+    A file's name, without pred_ and .h5ad, is the name of its model. Genes are matched by name; raw counts of the
+    screen are brought to the scale of the predictions.
+
+    Example: perturbcore evaluate screen.h5ad runs/first/pred_adapert.h5ad --split runs/first/split.json
+    """
+    import anndata
+
+    from perturbcore.comparison import claim, write_scores
+    from perturbcore.data import DataError, make_split, read
+    from perturbcore.metrics import evaluate as score
+
+    if out is not None:
+        claim(out)
+    screen = read(file, perturbation, control, context_column, None, scale, verbose=not as_json)
+    predicted = {}
+    for path in predictions:
+        if not path.exists():
+            raise DataError(f"There is no file '{path}'.")
+        try:
+            predicted[path.stem.removeprefix("pred_")] = anndata.read_h5ad(path)
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise DataError(f"'{path}' cannot be read as AnnData: {str(error).splitlines()[0]}.") from error
+    made = None if split is None else make_split(split, screen, context=context, seed=seed)
+    first = next(iter(predicted.values()))
+    scores = score(_on_scale_of(first, screen), predicted, made, seed=seed)
+    if out is not None:
+        os.makedirs(out, exist_ok=True)
+        write_scores(out, scores)
+    if as_json:
+        print(json.dumps({"scores": json.loads(scores.scores.to_json(orient="records")), "notes": scores.notes}))
+        return
+    print("\n".join(scores.notes))
+    print(scores.table().T.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-"))
+    for name in scores.models:
+        print(f"\n{name}\n  " + "\n  ".join(scores.verdict(name)))
+
+
+def _on_scale_of(prediction: object, screen: Screen) -> Screen:
+    """Bring raw counts to the prediction's scale, and keep the prediction's genes where all of them are measured."""
+    from perturbcore.data.scale import declared_scale
+
+    declared = declared_scale(prediction.uns)  # type: ignore[attr-defined]
+    if screen.scale.kind == "counts" and declared is not None and declared[0].kind == "log1p":
+        screen = screen.normalise(declared[0].target_sum or "median")
+    genes = set(prediction.var_names)  # type: ignore[attr-defined]
+    return screen.select_genes([g for g in screen.genes if g in genes]) if genes < set(screen.genes) else screen
