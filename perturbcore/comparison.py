@@ -33,6 +33,7 @@ from perturbcore.data import (
 )
 from perturbcore.data.errors import suggest
 from perturbcore.metrics import METRICS, Scores, evaluate
+from perturbcore.metrics.verdict import HEADLINES
 from perturbcore.models import BASELINES, MODELS
 from perturbcore.models.base import Model
 from perturbcore.report import write as write_report
@@ -69,6 +70,7 @@ def compare(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     n_genes: int = 2000,
     progress: bool = True,
+    title: str | None = None,
     job: str = "compare",
     command: str | None = None,
 ) -> Scores:
@@ -91,7 +93,8 @@ def compare(
         overrides: configuration fields per model, such as ``{"adapert": {"hidden": 64}}``.
         n_genes: highly variable genes kept, chosen on training cells.
         progress: report on stderr.
-        job: what the report calls this run.
+        title: heading of the report; the name of the file by default.
+        job: "compare" or "demo".
         command: how it was started, for the manifest.
 
     Returns:
@@ -128,7 +131,6 @@ def compare(
 
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "split.json", _split_json(split))
-    name = source.name if isinstance(source, Path) else source if isinstance(source, str) else "a screen in memory"
     manifest: dict[str, Any] = {
         "job": job,
         "status": "running",
@@ -141,10 +143,10 @@ def compare(
         "preset": preset,
         "strict": strict,
         "overrides": overrides or {},
-        "data": _data_card(Path(name).name, screen, prepared),
+        "data": _data_card(source, title, screen, prepared),
         "split": _split_card(split, prepared),
         "knowledge": [{"name": "Graph", "words": graph.describe()} for graph in graphs]
-        + ([{"name": "Embedding", "words": repr(embedding)}] if embedding is not None else []),
+        + ([] if embedding is None else [{"name": "Embedding", "words": _words(embedding)}]),
         "metrics": {m.name: {"description": m.description, "best": m.best, "level": m.level} for m in METRICS.values()},
         "models": {},
     }
@@ -165,7 +167,7 @@ def compare(
     scores = evaluate(prepared, predicted, split, seed=seed)
     write_scores(out, scores)
     manifest |= {
-        "verdict": {label: scores.verdict(label) for label in predicted},
+        "verdict": {label: _verdict(scores, label) for label in predicted},
         "paired": _records(scores.comparisons()),
         "notes": scores.notes,
         "status": "complete",
@@ -302,10 +304,11 @@ def _split_json(split: Split) -> bytes:
     return (json.dumps({"name": split.name, "seed": split.seed} | parts, indent=1) + "\n").encode()
 
 
-def _data_card(name: str, screen: Screen, prepared: Screen) -> dict[str, Any]:
+def _data_card(source: object, title: str | None, screen: Screen, prepared: Screen) -> dict[str, Any]:
+    file = Path(source) if isinstance(source, (str, Path)) else None
     return {
-        "name": name.removesuffix(".h5ad").removesuffix(".zarr"),
-        "source": name,
+        "name": title or (file.stem if file else "A screen in memory"),
+        "source": file.name if file else "not a file",
         "fingerprint": screen.fingerprint,
         "cells": screen.num_cells,
         "control_cells": int((screen.perturbation_code < 0).sum()),
@@ -323,6 +326,10 @@ def _data_card(name: str, screen: Screen, prepared: Screen) -> dict[str, Any]:
     }
 
 
+def _words(embedding: GeneEmbedding) -> str:
+    return f"{embedding.name}: {len(embedding.genes):,} genes, {embedding.dim} dimensions"
+
+
 def _split_card(split: Split, screen: Screen) -> dict[str, Any]:
     parts = {part: {c.perturbation for c in getattr(split, part)} for part in ("train", "val", "test")}
     return {
@@ -333,6 +340,12 @@ def _split_card(split: Split, screen: Screen) -> dict[str, Any]:
         "tested": len(parts["test"]),
         "counts": _records(split.preview(screen)),
     }
+
+
+def _verdict(scores: Scores, model: str) -> dict[str, list[str]]:
+    """The sentences of a verdict: one per headline metric against the others, the rest on collapse."""
+    sentences = scores.verdict(model)
+    return {"against": sentences[: len(HEADLINES)], "collapse": sentences[len(HEADLINES) :]}
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from perturbcore.cli import options
 if TYPE_CHECKING:
     from perturbcore.data import Screen
 
+FEW_CELLS = 10  # a mean of fewer says little
+
 split = typer.Typer(no_args_is_help=True, help="See or save which perturbations train, choose and judge a model.")
 
 
@@ -32,6 +34,7 @@ def inspect(
     Exits with 0 only if the screen can be used as it is; otherwise it says what to mend.
     """
     from perturbcore.data import GeneEmbedding, KnowledgeGraph, read
+    from perturbcore.data.errors import listed
 
     screen = read(file, perturbation, control, context_column, batch, scale, verbose=not as_json)
     genes = sorted({gene for p in screen.perturbations for gene in p.genes})
@@ -48,17 +51,14 @@ def inspect(
         print(json.dumps(found))
         return
     cells = sorted(found["cells_per_condition"].items(), key=lambda item: (item[1], item[0]))
-    few = [f"{label} ({n})" for label, n in cells if n < 10]
+    few = [f"{label} ({n})" for label, n in cells if n < FEW_CELLS]
     print(f"{'cells each':<15}{cells[0][1]:,} ({cells[0][0]}) to {cells[-1][1]:,} ({cells[-1][0]})")
     if few:
-        more = f" and {len(few) - 8} more" if len(few) > 8 else ""
-        print(f"{'few cells':<15}{', '.join(few[:8])}{more}: their scores will be noisy")
+        print(f"{'few cells':<15}{listed(few, 8)}: their scores will be noisy")
     for source in found["knowledge"]:
-        missing = f"; missing: {', '.join(source['missing'][:8])}" if source["missing"] else ""
-        more = f" and {len(source['missing']) - 8} more" if len(source["missing"]) > 8 else ""
-        print(
-            f"{'knowledge':<15}{source['name']} knows {source['covered']} of {source['of']} perturbed genes{missing}{more}"
-        )
+        missing = f"; missing: {listed(source['missing'], 8)}" if source["missing"] else ""
+        share = f"{source['covered']} of {source['of']} perturbed genes"
+        print(f"{'knowledge':<15}{source['name']} knows {share}{missing}")
     print("This screen can be used.")
 
 

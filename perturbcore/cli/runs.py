@@ -108,6 +108,7 @@ def demo(
         seed=seed,
         epochs=epochs,
         progress=not as_json,
+        title="A simulated screen",
         job="demo",
         command=_command(),
     )
@@ -137,10 +138,14 @@ def _print_scores(scores: Scores, out: Path, as_json: bool) -> None:
     width = max(map(len, table.index)) + 2
     print("\n" + " " * width + "  ".join(f"{HEADLINES[name]:>14}" for name in columns))
     for model, row in table[columns].iterrows():
-        print(f"{model:<{width}}" + "  ".join(f"{value:>14.3f}" for value in row))
+        print(f"{model:<{width}}" + "  ".join(f"{value:>14.3f}" if value == value else f"{'-':>14}" for value in row))
     for name, reason in skipped.items():
         print(f"{name:<{width}}skipped: {reason}")
     for name, model in manifest["models"].items():
         if model["kind"] == "model" and name not in skipped:
-            print(f"\n{name}\n  " + "\n  ".join(manifest["verdict"][name]))
+            print(
+                "\n  ".join(
+                    [f"\n{name}", *manifest["verdict"][name]["against"], *manifest["verdict"][name]["collapse"]]
+                )
+            )
     print(f"\nReport: {out / 'report.html'}")

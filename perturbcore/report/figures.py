@@ -11,7 +11,7 @@ import pandas as pd
 from perturbcore.report import svg
 from perturbcore.report.folder import Deltas, Run
 from perturbcore.report.svg import number
-from perturbcore.report.words import NAMES, count
+from perturbcore.report.words import LEADERBOARD, NAMES, count
 
 MOST_PERTURBATIONS = 60  # drawn; a larger page than this is neither read nor mailed
 MOST_SUBGRAPHS = 40
@@ -75,8 +75,10 @@ def subgraphs(run: Run) -> dict[str, Any]:
     rows_of = {p: [i for i, q in enumerate(d.perturbations) if q == p] for p in d.perturbations if p in selected}
     size = np.linalg.norm(np.nan_to_num(d.real), axis=1)
     labels = sorted(rows_of, key=lambda p: -size[rows_of[p]].max())
+    rows = [_subgraph(run, p, selected[p], rows_of[p]) for p in labels[:MOST_SUBGRAPHS]]
+    fullest = max(rows, key=lambda row: row["size"], default=None)
     return {
-        "rows": [_subgraph(run, p, selected[p], rows_of[p]) for p in labels[:MOST_SUBGRAPHS]],
+        "rows": [row | {"open": row is fullest} for row in rows],
         "left_out": max(len(labels) - MOST_SUBGRAPHS, 0),
         "reason": "",
     }
@@ -106,6 +108,7 @@ def _subgraph(run: Run, label: str, nodes: pd.DataFrame, rows: list[int]) -> dic
     more = len(hops) - len(drawn)
     return {
         "name": label,
+        "size": len(nodes),
         "count": count(len(nodes), "gene"),
         "svg": svg.network(
             {gene: hops[gene] for gene in drawn},
@@ -136,11 +139,16 @@ def training(run: Run) -> list[dict[str, Any]]:
     return [_curves(run, name, curve) for name, curve in run.curves.items() if len(curve) > 1]
 
 
+def _title(metric: str) -> str:
+    name = metric.removeprefix("val_")
+    return LEADERBOARD[name].title if name in LEADERBOARD else name.replace("_", " ")
+
+
 def _curves(run: Run, name: str, curve: pd.DataFrame) -> dict[str, Any]:
     """The record of epoch 0, before any step, holds nothing but the validation score: so it names the metric."""
     title, epochs = NAMES.get(name, name), curve["epoch"].to_numpy(float)
     metric = next((c for c in curve.columns if c not in ("epoch", "loss") and pd.notna(curve[c].iloc[0])), None)
-    series = {"loss": "Training loss"} | ({metric: f"Validation {metric.replace('_', ' ')}"} if metric else {})
+    series = {"loss": "Training loss"} | ({metric: f"Validation {_title(metric)}"} if metric else {})
     words, best = f"{count(int(epochs.max()), 'epoch')}.", None
     if metric is not None:
         best = float(epochs[int(np.nanargmax(curve[metric].to_numpy(float)))])

@@ -12,9 +12,9 @@ from markupsafe import Markup
 
 from perturbcore.report import figures
 from perturbcore.report.folder import Run
-from perturbcore.report.panels import panels, table
+from perturbcore.report.panels import interval, panels, table
 from perturbcore.report.svg import number
-from perturbcore.report.words import COLLAPSE, LEADERBOARD, NAMES, SECTIONS, count, listing, spelled
+from perturbcore.report.words import AS_SUBJECT, COLLAPSE, LEADERBOARD, NAMES, SECTIONS, count, listing, spelled
 
 
 def write(folder: str | Path) -> Path:
@@ -98,33 +98,54 @@ def _tiles(run: Run) -> list[dict[str, str]]:
 
 
 def _verdict(run: Run, model: str) -> dict[str, Any]:
-    """First whether the model beats every baseline, metric by metric, then the sentences of the evaluation."""
-    sentences = [_headline(run, model, metric) for metric in ("pearson_delta", "discrimination_score_l1")]
-    sentences += run.manifest["verdict"].get(model, [])
-    spellings = {name: title.lower() for name, title in NAMES.items() if "_" in name}
+    """Whether a model beats the baselines, pair by pair, and whether its predictions differ."""
+    verdict = run.manifest["verdict"][model]
+    pairs = [p for p in run.manifest["paired"] if p["model"] == model and p["other"] in run.fitted("baseline")]
+    metrics = list(dict.fromkeys(p["metric"] for p in pairs)) if model in run.fitted("model") else []
+    by_pair = {(p["other"], p["metric"]): p for p in pairs}
     return {
         "name": NAMES.get(model, model),
         "tone": run.tone(model),
-        "sentences": [
-            re.sub(r"\w+", lambda word: spellings.get(word[0], word[0]), sentence).replace(" -", " −")
-            for sentence in sentences
-            if sentence
+        "headlines": [_headline(model, metric, [p for p in pairs if p["metric"] == metric]) for metric in metrics],
+        "sentences": [_typeset(sentence) for sentence in verdict["collapse"]],
+        "metrics": [LEADERBOARD[metric].title for metric in metrics],
+        "pairs": [
+            {"other": NAMES.get(other, other), "cells": [_difference(by_pair[other, m], run.best(m)) for m in metrics]}
+            for other in dict.fromkeys(p["other"] for p in pairs)
         ],
     }
 
 
-def _headline(run: Run, model: str, metric: str) -> str:
-    """Whether a trained model beats every baseline: the interval of the paired difference must exclude 0."""
-    baselines = run.fitted("baseline")
-    pairs = [p for p in run.manifest["paired"] if p["model"] == model and p["metric"] == metric]
-    pairs = [p for p in pairs if p["other"] in baselines and p["ci_low"] is not None]
-    if model in baselines or not pairs:
-        return ""
-    title = LEADERBOARD[metric].title
-    unbeaten = [NAMES.get(p["other"], p["other"]).lower() for p in pairs if p["ci_low"] <= 0]
-    if unbeaten:
-        return f"{title}: {NAMES.get(model, model)} does not beat {listing(unbeaten, 'or')}."
-    return f"{title}: {NAMES.get(model, model)} beats every baseline."
+def _headline(model: str, metric: str, pairs: list[dict[str, Any]]) -> str:
+    """A model beats a baseline where the interval of their paired difference lies above 0."""
+    title, name = LEADERBOARD[metric].title.replace("Discrimination", "discrimination"), NAMES.get(model, model)
+    pairs = [p for p in pairs if p["ci_low"] is not None]
+    unbeaten = [AS_SUBJECT.get(p["other"], p["other"]) for p in pairs if p["ci_low"] <= 0]
+    if not pairs:
+        return f"On {title}, {name} cannot be compared: too few perturbations have a value."
+    if not unbeaten:
+        return f"On {title}, {name} beats every baseline."
+    return f"On {title}, {name} does not beat {listing(unbeaten, 'or')}."
+
+
+def _difference(pair: dict[str, Any], best: float | None) -> dict[str, str]:
+    """One cell of the paired table; `best` 0 means that less is better."""
+    if pair["ci_low"] is None:
+        return {"value": "–", "interval": "", "word": "not comparable", "kind": ""}
+    ends = sorted((pair["ci_low"], pair["ci_high"]), reverse=best == 0)
+    sign = -1 if best == 0 else 1
+    kind = "ahead" if sign * ends[0] > 0 else "behind" if sign * ends[1] < 0 else "open"
+    words = {"ahead": "ahead", "behind": "behind", "open": "undecided"}
+    plus = "+" if pair["difference"] > 0 else ""
+    bounds = interval(pair["ci_low"], pair["ci_high"])
+    return {"value": plus + number(pair["difference"]), "interval": bounds, "word": words[kind], "kind": kind}
+
+
+def _typeset(sentence: str) -> str:
+    """A sentence of the evaluation with titles for names and real minus signs."""
+    titles = {name: title.lower() for name, title in NAMES.items() if "_" in name}
+    sentence = re.sub(r"\w+", lambda word: titles.get(word[0], word[0]), sentence)
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", sentence)
 
 
 def _data(run: Run) -> dict[str, Any]:

@@ -26,6 +26,14 @@ NAMES = {
     "ridge": "Ridge",
 }
 
+AS_SUBJECT = {
+    "control_mean": "the control mean",
+    "perturbation_mean": "the perturbation mean",
+    "additive": "the additive baseline",
+    "nearest_neighbour": "nearest neighbours",
+    "ridge": "ridge",
+}
+
 SECTIONS = [
     ("summary", "Summary"),
     ("scores", "Scores"),
@@ -76,9 +84,6 @@ COLLAPSE = {
     ),
     "self_similarity_excess": Words(
         "Excess similarity", "How much more alike the predictions are than the measured responses.", 0, "as measured"
-    ),
-    "effective_rank_ratio": Words(
-        "Effective rank", "How many independent directions the predictions span.", 1, "as measured"
     ),
     "centroid_accuracy": Words(
         "Centroid accuracy",
