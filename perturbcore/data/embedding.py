@@ -78,9 +78,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if not {"genes", "embedding"} <= set(arrays.files):
-                raise DataError(
-                    f"{str(path)!r} must hold arrays 'genes' and 'embedding'; it has {listed(arrays.files)}."
-                )
+                raise DataError(f"{str(path)!r} needs arrays 'genes' and 'embedding'; it has {listed(arrays.files)}.")
             return arrays["genes"], arrays["embedding"]
     except DataError:
         raise

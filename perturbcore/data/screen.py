@@ -207,9 +207,7 @@ class Screen:
         names = [str(name) for name in names]
         column = self.adata.var_names.get_indexer(names)
         if missing := [name for name, at in zip(names, column, strict=True) if at < 0]:
-            raise DataError(
-                f"{len(missing)} genes are not measured: {listed(missing)}.{suggest(missing[0], self.genes)}"
-            )
+            raise DataError(f"Not measured: {listed(missing)}.{suggest(missing[0], self.genes)}")
         return self._like(self.adata[:, column], self.scale, self.direction)
 
     def normalise(
