@@ -200,8 +200,16 @@ def test_overlap_and_precision_cut_both_lists_at_the_same_depth(k, overlap, prec
 
 
 def test_infinite_fold_changes_rank_first_and_ties_go_to_the_lower_column():
-    comparison = compare(np.zeros((1, 4)), np.zeros((1, 4)), de_real=table([1.0, -np.inf, 2, np.inf], [0, 0, 0, 0]))
-    assert comparison.ranked_real[0].tolist() == [1, 3, 2, 0]
+    lfc = np.tile([1.0, -np.inf, 2, np.inf], 50)  # long enough for an unstable sort to show
+    comparison = compare(np.zeros((1, 200)), np.zeros((1, 200)), de_real=table(lfc, np.zeros(200)))
+    strength = np.abs(lfc)
+    assert comparison.ranked_real[0].tolist() == sorted(range(200), key=lambda gene: -strength[gene])
+
+
+def test_two_de_genes_are_too_few_to_correlate():
+    two = compare([[1.0, 2, 3]], [[1.0, 5, 3]], de_real=table([1.0, 2, 3], [0, 0, 1]), train_delta_mean=np.zeros(3))
+    assert np.isnan(value("pearson_delta_top20", two)).all()
+    assert np.isnan(value("systema_pearson_top20", two)).all()
 
 
 def test_auc_equal_plain_definitions():
@@ -217,8 +225,12 @@ def test_auc_equal_plain_definitions():
 
 def test_number_of_de_genes_correlates_over_perturbations():
     comparison = random_comparison(5)
+    silent = comparison.de_real.fdr.copy()
+    silent[3] = 1.0
+    comparison = replace(comparison, de_real=table(comparison.de_real.log2_fold_change, silent))
     counts = [(t.fdr < 0.05).sum(1) for t in (comparison.de_real, comparison.de_pred)]
     kept = counts[0] > 0
+    assert kept.sum() == len(kept) - 1
     expected = stats.spearmanr(counts[0][kept], counts[1][kept]).statistic
     assert value("de_spearman_sig", comparison).item() == pytest.approx(expected)
 
@@ -341,6 +353,19 @@ def test_self_similarity_leaves_repeats_of_one_perturbation_out():
     pair = compare(comparison.delta_real[[1, 4]], comparison.delta_pred[[1, 4]])
     got = value("self_similarity_excess", comparison, weights).item()
     assert got == pytest.approx(value("self_similarity_excess", pair).item())
+
+
+def test_self_similarity_leaves_a_missing_response_out():
+    comparison = random_comparison(12, n_perturbations=4)
+    silent = comparison.pred.copy()
+    silent[2] = comparison.control_pred
+    present = compare(comparison.delta_real, comparison.delta_pred[[0, 1, 3, 3]])
+
+    def similarity(delta):
+        return np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in combinations(delta, 2)])
+
+    expected = similarity(present.delta_pred[:3]) - similarity(present.delta_real)
+    assert value("self_similarity_excess", replace(comparison, pred=silent)).item() == pytest.approx(expected)
 
 
 def test_mean_predictor_is_exposed():

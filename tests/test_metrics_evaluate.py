@@ -100,16 +100,27 @@ def test_values_are_those_of_the_definitions(screen, split, predictions, scores)
         assert scores.values("good", "de_nsig_counts_real")[row] == n_significant
 
 
-def test_training_mean_is_of_the_context_or_else_of_all(screen, split, predictions):
-    train = tuple(condition for condition in split.train if condition.context == "line1")
-    mean = screen.deltas(train).mean(axis=0)  # of line1, for line1 itself and for line2 that did not train
+@pytest.mark.parametrize("trained", [("line1", "line2"), ("line1",)])
+def test_training_mean_is_of_the_context_or_else_of_all(screen, split, predictions, trained):
+    train = tuple(condition for condition in split.train if condition.context in trained)
     scores = evaluate(screen, predictions, replace(split, train=train))
-    skill = []
+    errors = {}
     for context in screen.contexts:
+        mean = screen.deltas([c for c in train if c.context == context] or train).mean(axis=0)
         rows = [row for row, condition in enumerate(split.test) if condition.context == context]
         real, pred = scores.deltas["real"][rows], scores.deltas["good"][rows]
-        skill.append(1 - ((pred - real) ** 2).sum() / ((mean - real) ** 2).sum())
-    assert scores.get("good", "skill_over_mean")["mean"] == pytest.approx(np.mean(skill))  # equally many conditions
+        errors[context] = ((pred - real) ** 2).sum(axis=1), ((mean - real) ** 2).sum(axis=1)
+    row = scores.get("good", "skill_over_mean")
+    skills = [1 - error.sum() / error_of_mean.sum() for error, error_of_mean in errors.values()]
+    assert row["mean"] == pytest.approx(np.mean(skills))  # both contexts test equally many conditions
+
+    weights = draw_weights(len(split.test), seed=0)
+    drawn = {context: weights[:, [c.context == context for c in split.test]] for context in errors}
+    with np.errstate(invalid="ignore"):  # a resample may draw nothing from a context
+        skills = [1 - (drawn[c] @ error) / (drawn[c] @ error_of_mean) for c, (error, error_of_mean) in errors.items()]
+    n_drawn = [of_context.sum(axis=1) for of_context in drawn.values()]
+    resampled = weighted_mean(np.stack(skills, axis=1), np.stack(n_drawn, axis=1))
+    np.testing.assert_allclose([row.ci_low, row.ci_high], interval(resampled), rtol=1e-9)
 
 
 def test_without_a_split_the_predicted_conditions_are_scored(screen, split, predictions):
@@ -258,7 +269,8 @@ def test_predictions_that_do_not_fit_are_refused(screen, split, predictions):
     for message, prediction in refusals.items():
         with pytest.raises(DataError, match=message):
             evaluate(screen, {"model": prediction}, split)
-    double = good[:, [0, *range(good.n_vars)]].copy()
+    with pytest.warns(UserWarning, match="not unique"):
+        double = good[:, [0, *range(good.n_vars)]].copy()
     with pytest.raises(DataError, match="names a gene twice"):
         evaluate(screen, {"model": double}, split)
 
@@ -304,17 +316,11 @@ def test_real_screen_end_to_end():
     screen = read(Path(folder) / "perturb_seq" / "papalexi21_thp1_eccite.h5ad", verbose=False).normalise()
     split = unseen_perturbation(screen, seed=0)
     rng = np.random.default_rng(0)
-    halves = {c: rng.permutation(screen.cells(c)) for c in split.test}
-
-    def labelled(rows):
-        adata = screen.adata[rows].copy()
-        adata.uns = {"perturbcore": {"scale": screen.scale.to_uns()}}
-        return adata
-
-    replicate = labelled(np.concatenate([rows[: len(rows) // 2] for rows in halves.values()]))
-    controls = labelled(np.concatenate([rng.choice(screen.controls("THP-1"), 100) for _ in split.test]))
-    controls.obs[screen.perturbation_key] = [screen.label(c.perturbation) for c in split.test for _ in range(100)]
-    scores = evaluate(screen, {"half the cells": replicate, "control_mean": controls}, split)
+    half = predict(
+        screen, split.test, lambda c: screen.dense(rng.choice(screen.cells(c), len(screen.cells(c)) // 2, False))
+    )
+    controls = predict(screen, split.test, lambda c: screen.dense(rng.choice(screen.controls(c.context), 100)))
+    scores = evaluate(screen, {"half the cells": half, "control_mean": controls}, split)
     assert scores.get("half the cells", "pearson_delta")["mean"] > 0.8
     assert abs(scores.get("control_mean", "pearson_delta")["mean"]) < 0.5
     assert scores.get("control_mean", "de_sig_genes_recall")["mean"] < 0.1

@@ -41,10 +41,9 @@ def align(name: str, prediction: AnnData, real: Screen) -> Screen:
     spelling = {real.label(perturbation): str(perturbation) for perturbation in real.perturbations}
     obs = prediction.obs[keys].astype(str)
     obs[real.perturbation_key] = [spelling.get(label, label) for label in obs[real.perturbation_key]]
-    var = prediction.var[[]].iloc[columns]
     x = prediction.X[:, columns]
     try:
-        check_values(x, prediction.obs_names.to_numpy(), var.index.to_numpy())
+        check_values(x, prediction.obs_names.to_numpy(), real.genes)
         scale, _ = declared_scale(prediction.uns) or resolve_scale(x, "auto", prediction.uns)
     except DataError as error:
         raise DataError(f"Prediction {name!r}: {error}") from error
@@ -53,7 +52,7 @@ def align(name: str, prediction: AnnData, real: Screen) -> Screen:
     if scale.kind != real.scale.kind or not same_sum:
         raise DataError(f"Prediction {name!r} is {scale}, the screen is {real.scale}; bring both to one scale.")
     return Screen(
-        AnnData(X=x, obs=obs, var=var),
+        AnnData(X=x, obs=obs, var=real.adata.var[[]]),
         scale,
         perturbation_key=real.perturbation_key,
         control_label=real.control_label,

@@ -11,7 +11,7 @@ import numpy as np
 
 from perturbcore.metrics.comparison import Comparison, Values
 from perturbcore.metrics.delta import INFINITY, RESOLUTION, row_correlation
-from perturbcore.metrics.discrimination import Distance, distances
+from perturbcore.metrics.discrimination import Distance, pairwise_distance
 from perturbcore.metrics.registry import register
 
 TOP_DE = 20
@@ -48,7 +48,7 @@ def centroid_accuracy(comparison: Comparison) -> Values:
     count = comparison.num_perturbations
     if count < 2:
         return np.full(count, np.nan)
-    apart = np.stack([distances(point, comparison.real, "l2") for point in comparison.pred])  # [predicted, measured]
+    apart = pairwise_distance(comparison.pred, comparison.real, "l2")  # [predicted, measured]
     return (apart > np.diagonal(apart)[:, None]).sum(axis=1) / (count - 1)
 
 
@@ -61,7 +61,7 @@ def perturbench_rank(comparison: Comparison, distance: Distance) -> Values:
     count = comparison.num_perturbations
     if count < 2:
         return np.full(count, np.nan)
-    apart = np.stack([distances(point, comparison.delta_pred, distance) for point in comparison.delta_real])
+    apart = pairwise_distance(comparison.delta_real, comparison.delta_pred, distance)  # [measured, predicted]
     return ((apart <= np.diagonal(apart)[:, None]).sum(axis=1) - 1) / (count - 1)
 
 

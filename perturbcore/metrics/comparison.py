@@ -88,7 +88,4 @@ def _significant(table: DETable | None, shape: tuple[int, ...]) -> NDArray[np.bo
 
 
 def _ranked(table: DETable | None, significant: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-    if table is None:
-        return [np.empty(0, dtype=np.int64) for _ in significant]
-    order = np.argsort(-np.abs(table.log2_fold_change), axis=1, kind="stable")
-    return [row[chosen[row]] for row, chosen in zip(order, significant, strict=True)]
+    return [np.empty(0, dtype=np.int64) for _ in significant] if table is None else table.ranked(significant)

@@ -35,6 +35,11 @@ class DETable:
         """Genes called differentially expressed, `fdr < alpha`: bool [P, G]; False where the test is undefined."""
         return self.fdr < alpha
 
+    def ranked(self, chosen: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+        """Columns of the chosen genes [P, G] by falling |log2 fold change|, per group; ties to the lower column."""
+        order = np.argsort(-np.abs(self.log2_fold_change), axis=1, kind="stable")
+        return [row[picked[row]] for row, picked in zip(order, chosen, strict=True)]
+
 
 class DEGLabels(NamedTuple):
     """Differentially expressed genes of P conditions as ragged rows: genes of condition i are `idx[ptr[i]:ptr[i+1]]`.
@@ -123,11 +128,8 @@ def deg_labels(
         ptr = np.concatenate([[0], np.cumsum([len(found) for found in rows])])
         expression = screen.adata.X
         table = differential_expression(expression[np.concatenate(rows)], ptr, expression[controls])
-        strength = np.abs(table.log2_fold_change)
-        labelled = table.significant(fdr) & (strength > min_abs_lfc)
-        for row, condition in enumerate(members):
-            by_strength = np.argsort(-strength[row], kind="stable")
-            genes_of[condition] = by_strength[labelled[row, by_strength]][:cap]
+        labelled = table.significant(fdr) & (np.abs(table.log2_fold_change) > min_abs_lfc)
+        genes_of |= {c: genes[:cap] for c, genes in zip(members, table.ranked(labelled), strict=True)}
     ragged = [genes_of[condition] for condition in conditions]
     ptr = np.concatenate([[0], np.cumsum([len(genes) for genes in ragged])]).astype(np.int64)
     return DEGLabels(ptr, np.concatenate([np.empty(0, np.int64), *ragged]))

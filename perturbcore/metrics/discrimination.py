@@ -6,6 +6,7 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from perturbcore.metrics.comparison import Comparison, Values
 from perturbcore.metrics.registry import register
@@ -27,7 +28,7 @@ def discrimination_score(comparison: Comparison, distance: Distance) -> Values:
     for row, targets in enumerate(comparison.targets):
         kept = real[:, targets]
         pred[row, targets] = real[:, targets] = 0.0  # zero on both sides leaves the gene out of every distance
-        value[row] = 1 - _rank(distances(pred[row], real, distance), row) / count
+        value[row] = 1 - _rank(pairwise_distance(pred[row : row + 1], real, distance)[0], row) / count
         real[:, targets] = kept
     return value
 
@@ -42,14 +43,16 @@ for _distance in ("l1", "l2", "cosine"):
     )(partial(discrimination_score, distance=_distance))
 
 
-def distances(point: Values, others: Values, distance: Distance) -> Values:
-    """Distance of `point` [G] to each row of `others` [P, G]: [P]; a zero vector is at cosine distance 1 from all."""
-    if distance == "l1":
-        return np.abs(others - point).sum(axis=1)
-    if distance == "l2":
-        return np.sqrt(np.square(others - point).sum(axis=1))
-    lengths = np.sqrt(np.square(others).sum(axis=1)) * np.sqrt(np.square(point).sum())
-    return 1 - others @ point / np.where(lengths > 0, lengths, 1.0)
+def pairwise_distance(x: Values, y: Values, distance: Distance) -> Values:
+    """Distance of each row of x [n, G] to each row of y [m, G]: [n, m]; a zero row is at cosine distance 1 from all."""
+    if distance == "cosine":
+        return 1 - _unit(x) @ _unit(y).T
+    return cdist(x, y, "cityblock" if distance == "l1" else "euclidean")
+
+
+def _unit(x: Values) -> Values:
+    length = np.sqrt(np.square(x).sum(axis=1, keepdims=True))
+    return x / np.where(length > 0, length, 1.0)
 
 
 def _rank(distance: Values, own: int) -> float:
