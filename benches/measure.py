@@ -1,0 +1,125 @@
+"""Times, peak memory and the limits of the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from perturbcore.benches.case import Work
+
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one implementation over the rounds of a case: process CPU time and wall clock."""
+
+    cpu: float
+    wall: float
+    fastest: float
+    rounds: int
+
+
+def interleave(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, Timing]:
+    """Time every call in turn, 5 to 50 rounds within about ``budget`` seconds, and return the medians."""
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    end = time.perf_counter() + budget
+    rounds = 0
+    while rounds < 5 or (rounds < 50 and time.perf_counter() < end):
+        for name, call in calls.items():
+            cpu_start, start = time.process_time(), time.perf_counter()
+            call()
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - cpu_start)
+        rounds += 1
+    gc.enable()
+    return {n: Timing(statistics.median(cpu[n]), statistics.median(wall[n]), min(wall[n]), rounds) for n in calls}
+
+
+def _status(key: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """Return by how much a call raises the resident memory at its peak, results included; None where not on Linux."""
+    if not STATUS.exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    result = call()
+    peak = _status("VmHWM")
+    del result
+    return peak - before
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _triad(a: Any, b: Any, c: Any) -> None:
+    for i in numba.prange(a.size):
+        a[i] = b[i] + np.float32(2) * c[i]
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _gather(table: Any, index: Any, sums: Any) -> None:
+    for part in numba.prange(sums.shape[0]):
+        total, own = sums[part], index[part]
+        for e in range(0, own.size, 4):
+            a, b, c, d = table[own[e]], table[own[e + 1]], table[own[e + 2]], table[own[e + 3]]
+            for k in range(total.size):
+                total[k] += a[k] + b[k] + c[k] + d[k]
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    call()
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class Limits:
+    """What the machine can do with the threads in use, measured when first asked for."""
+
+    def __init__(self) -> None:
+        self._gather: dict[tuple[int, int], float] = {}
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        a, b, c = np.ones((3, 1 << 24), np.float32)
+        self.triad = 3 * a.nbytes / _fastest(lambda: _triad(a, b, c))  # bytes per second from memory
+        m = torch.randn(2048, 2048)
+        self.gemm = 2 * 2048**3 / _fastest(lambda: m @ m)  # float32 operations per second
+
+    def gather(self, rows: int, row_bytes: int) -> float:
+        """Bytes per second of rows read at random from a table of ``rows`` rows."""
+        if (rows, row_bytes) not in self._gather:
+            generator = np.random.default_rng(0)
+            table = np.ones((rows, row_bytes // 4), np.float32)
+            index = generator.integers(0, rows, (64, max(4, 2**25 // row_bytes // 64 * 4)), dtype=np.int32)
+            sums = np.zeros((64, row_bytes // 4), np.float32)
+            self._gather[rows, row_bytes] = index.size * row_bytes / _fastest(lambda: _gather(table, index, sums))
+        return self._gather[rows, row_bytes]
+
+    def seconds(self, work: Work) -> float:
+        """Time that the work would take at the limit."""
+        moving = work.gathered_bytes / self.gather(work.table_rows, work.row_bytes) if work.gathered_bytes else 0.0
+        return max(moving, work.flops / self.gemm)
+
+    def as_dict(self) -> dict[str, float]:
+        """Everything measured so far, in GB/s and GFLOP/s."""
+        gathers = {f"gather_{r}x{b}B_gb_s": round(rate / 1e9, 1) for (r, b), rate in self._gather.items()}
+        return {"triad_gb_s": round(self.triad / 1e9, 1), "gemm_gflop_s": round(self.gemm / 1e9, 1)} | gathers

@@ -1,0 +1,18 @@
+"""Every case, family by family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from perturbcore.benches import graph
+from perturbcore.benches.case import Case
+
+CASES: tuple[Case, ...] = (*graph.CASES,)
+
+
+def select(patterns: Sequence[str]) -> list[Case]:
+    """Return the cases whose name contains one of ``patterns``; raise ValueError where one is in no name."""
+    for pattern in patterns:
+        if not any(pattern in case.name for case in CASES):
+            raise ValueError(f"No case has {pattern!r} in its name; there are {', '.join(c.name for c in CASES)}.")
+    return [case for case in CASES if any(pattern in case.name for pattern in patterns)]

@@ -1,0 +1,66 @@
+"""The bench runner: a ratio only for work that was checked, floors held, peers that are absent named."""
+
+import json
+
+import pytest
+import torch
+from perturbcore.benches import main, run
+from perturbcore.benches.case import Case, Problem, Work
+from perturbcore.benches.measure import peak_bytes
+
+
+class Limits:
+    """One operation a second."""
+
+    def seconds(self, work):
+        return work.flops
+
+
+def result(ours, peer, **case):
+    right = (torch.tensor([1.0, 2.0], dtype=torch.float64),)
+    problem = Problem(
+        lambda: (torch.tensor(ours),), {"peer": lambda: (torch.tensor(peer),)}, lambda: right, Work(flops=1)
+    )
+    return run.run_case(Case("op", "graph", "N=2", lambda: problem, ("peer", "absent"), **case), Limits(), budget=0)
+
+
+def test_a_passed_check_gives_a_ratio_and_judges_the_floor():
+    case = result([1.0, 2.0], [1.0, 2.0], floors={"peer": 1e-9})
+    assert case["rows"]["peer"]["ratio"] > 0
+    assert "time floor 1e-09x met" in run.describe(case)
+    assert "time floor 1e+09x MISSED" in run.describe(result([1.0, 2.0], [1.0, 2.0], floors={"peer": 1e9}))
+
+
+@pytest.mark.parametrize("wrong", [[1.0, 2.1], [1.0, float("nan")], [1.0, 2.0, 3.0]])
+def test_no_ratio_is_told_where_either_side_is_wrong(wrong):
+    for pair in ((wrong, [1.0, 2.0]), ([1.0, 2.0], wrong)):
+        case = result(*pair, floors={"peer": 1e-9})
+        assert "ratio" not in case["rows"]["peer"]
+        assert "CHECK FAILED" in run.describe(case)
+        assert "floor" not in run.describe(case)
+
+
+def test_absent_peers_are_named():
+    assert "absent               skipped: not installed" in run.describe(result([1.0, 2.0], [1.0, 2.0]))
+
+
+def test_peak_memory_sees_what_is_freed_before_the_call_ends():
+    if (peak := peak_bytes(lambda: float(torch.ones(5_000_000).sum()))) is not None:
+        assert 19e6 < peak < 40e6
+
+
+def test_list_and_unknown_names(capsys):
+    assert main(["--list", "--case", "gatv2"]) == 0
+    assert capsys.readouterr().out.count("\n") == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--case", "nonsense"])
+    assert stop.value.code == 2
+    assert "spmm/5k" in capsys.readouterr().err
+
+
+def test_json_goes_to_stdout_and_a_failed_check_to_the_exit_code(capsys, monkeypatch):
+    wrong = Problem(lambda: (torch.ones(2),), {}, lambda: (torch.zeros(2) + 2,), Work(flops=1))
+    monkeypatch.setattr(run, "select", lambda names: [Case("op", "graph", "N=2", lambda: wrong, ())])
+    monkeypatch.setattr(run, "Limits", type("Quick", (Limits,), {"as_dict": lambda self: {}}))
+    assert main(["--json", "--budget", "0"]) == 1
+    assert json.loads(capsys.readouterr().out)["cases"][0]["rows"]["perturbcore"]["passed"] is False
