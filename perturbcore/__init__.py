@@ -20,7 +20,7 @@ _HOME = {
     "Perturbation": "data",
     "Screen": "data",
     "Split": "data",
-    "compare": "compare",
+    "compare": "comparison",
     "evaluate": "metrics",
     "make_split": "data",
     "prepare": "data",
@@ -31,7 +31,7 @@ _HOME = {
 }
 _MODULES = ("data", "metrics", "models", "ops", "report")
 
-__all__ = [*_HOME, *_MODULES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, *_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -112,7 +112,7 @@ def compare(
     for name in overrides or {}:
         if kind_of(name) not in kinds.values():
             raise ValueError(f"A setting is given for {name!r}, which is not among the models of this run.")
-    graphs = [k if isinstance(k, KnowledgeGraph) else KnowledgeGraph.read(k) for k in knowledge]
+    graphs = [k if isinstance(k, KnowledgeGraph) else KnowledgeGraph.read(k, verbose=progress) for k in knowledge]
     if isinstance(embedding, (str, Path)):
         embedding = GeneEmbedding.read(embedding)
     candidates = {

@@ -39,7 +39,8 @@ def inspect(
     screen = read(file, perturbation, control, context_column, batch, scale, verbose=not as_json)
     genes = sorted({gene for p in screen.perturbations for gene in p.genes})
     found = _facts(screen)
-    sources = [(graph.name, graph.index(genes) >= 0) for graph in map(KnowledgeGraph.read, knowledge or ())]
+    graphs = [KnowledgeGraph.read(path, verbose=not as_json) for path in knowledge or ()]
+    sources = [(graph.name, graph.index(genes) >= 0) for graph in graphs]
     if embedding is not None:
         vectors = GeneEmbedding.read(embedding)
         sources.append((vectors.name, vectors.lookup(genes)[1]))

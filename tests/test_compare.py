@@ -1,0 +1,196 @@
+"""The compare job: every file promised, honest about what was skipped, nothing overwritten."""
+
+import json
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from simulated import Files, write_files
+
+import perturbcore as pc
+from perturbcore.comparison import OutputExists, claim
+from perturbcore.data import DataError, MissingInput
+from perturbcore.metrics import Scores
+from perturbcore.models import BASELINES
+
+QUICK = {"adapert": {"width": 8, "hidden": 16, "layers": 1}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return write_files(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scores]:
+    out = tmp_path_factory.mktemp("runs") / "first"
+    scores = pc.compare(
+        files.screen,
+        out=out,
+        knowledge=[files.graph],
+        embedding=files.embedding,
+        epochs=2,
+        overrides=QUICK,
+        progress=False,
+        command="perturbcore compare screen.h5ad",
+    )
+    return out, scores
+
+
+def test_run_folder_holds_everything_promised(finished: tuple[Path, Scores]) -> None:
+    out, _ = finished
+    models = ["adapert", *BASELINES]
+    expected = {
+        "scores.csv",
+        "per_perturbation.csv",
+        "report.html",
+        "manifest.json",
+        "split.json",
+        "deltas.npz",
+        "models",
+    }
+    assert {path.name for path in out.iterdir()} == expected | {f"pred_{name}.h5ad" for name in models}
+    kept = {path.name for path in (out / "models" / "adapert").iterdir()}
+    assert kept >= {"model.safetensors", "config.json", "manifest.json", "metrics.jsonl", "subgraph.csv"}
+    scores = pd.read_csv(out / "scores.csv")
+    assert list(scores.columns) == ["model", "metric", "mean", "ci_low", "ci_high", "n"]
+    assert set(scores["model"]) == set(models)
+    detail = pd.read_csv(out / "per_perturbation.csv")
+    assert list(detail.columns) == ["model", "context", "perturbation", "metric", "value"]
+    one = (detail["model"] == "ridge") & (detail["metric"] == "pearson_delta")
+    mean = scores[(scores["model"] == "ridge") & (scores["metric"] == "pearson_delta")]["mean"].item()
+    assert detail[one]["value"].mean() == pytest.approx(mean)
+
+
+def test_manifest_tells_how_the_numbers_came_about(finished: tuple[Path, Scores], files: Files) -> None:
+    out, _ = finished
+    manifest = json.loads((out / "manifest.json").read_text())
+    screen = pc.read(files.screen, verbose=False)
+    assert manifest["status"] == "complete"
+    assert manifest["seed"] == 0
+    assert manifest["data"]["fingerprint"] == screen.fingerprint
+    assert manifest["split"]["hash"] == pc.Split.read(out / "split.json", screen).hash
+    assert manifest["data"]["scale"] == "raw counts"
+    assert manifest["data"]["scale_used"].startswith("log1p, target sum")
+    assert manifest["versions"]["torch"]
+    assert manifest["models"]["adapert"]["seconds_fit"] > 0
+    fallbacks = manifest["models"]["additive"]["fallbacks"]
+    assert set(fallbacks) == {p.rpartition("::")[2] for p in json.loads((out / "split.json").read_text())["test"]}
+
+
+def test_predictions_carry_genes_scale_and_real_controls(finished: tuple[Path, Scores], files: Files) -> None:
+    out, _ = finished
+    screen = pc.read(files.screen, verbose=False)
+    tested = json.loads((out / "split.json").read_text())["test"]
+    for name in ("adapert", "control_mean"):
+        predicted = anndata.read_h5ad(out / f"pred_{name}.h5ad")
+        assert list(predicted.var_names) == list(screen.genes)
+        labels = set(predicted.obs[screen.perturbation_key].astype(str))
+        assert labels == {"control", *(p.rpartition("::")[2] for p in tested)}
+        assert predicted.uns["perturbcore"]["scale"]["kind"] == "log1p"
+        assert (predicted.obs[screen.perturbation_key] == "control").sum() == 40
+
+
+def test_deltas_are_measured_minus_control(finished: tuple[Path, Scores], files: Files) -> None:
+    out, scores = finished
+    screen = pc.read(files.screen, verbose=False)
+    prepared = pc.prepare(screen, pc.Split.read(out / "split.json", screen))
+    with np.load(out / "deltas.npz", allow_pickle=False) as arrays:
+        np.testing.assert_allclose(arrays["real"], prepared.deltas(scores.conditions), atol=1e-6)
+        np.testing.assert_allclose(arrays["pred_control_mean"], 0, atol=1e-6)
+        assert arrays["pred_adapert"].shape == arrays["real"].shape
+
+
+def test_report_is_drawn_again_from_the_files_alone(finished: tuple[Path, Scores]) -> None:
+    out, _ = finished
+    first = (out / "report.html").read_text(encoding="utf-8")
+    assert "AdaPert and five baselines learned from" in first
+    assert pc.report.write(out).read_text(encoding="utf-8") == first
+
+
+def test_same_seed_gives_the_same_scores(finished: tuple[Path, Scores], files: Files, tmp_path: Path) -> None:
+    again = pc.compare(
+        pc.read(files.screen, verbose=False),
+        out=tmp_path / "again",
+        knowledge=[pc.KnowledgeGraph.read(files.graph, verbose=False)],
+        embedding=pc.GeneEmbedding.read(files.embedding),
+        epochs=2,
+        overrides=QUICK,
+        progress=False,
+    )
+    pd.testing.assert_frame_equal(again.scores, finished[1].scores)
+
+
+def test_a_model_without_its_input_is_skipped_and_the_others_run(files: Files, tmp_path: Path) -> None:
+    scores = pc.compare(files.screen, out=tmp_path / "run", progress=False)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    skipped = {name: m["reason"] for name, m in manifest["models"].items() if m["status"] == "skipped"}
+    assert set(skipped) >= {"adapert", "ridge"}
+    assert "graph" in skipped["adapert"]
+    assert {"control_mean", "perturbation_mean", "additive"} <= set(scores.models)
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "AdaPert was skipped" in report
+
+
+def test_strict_makes_a_missing_gene_an_error(files: Files, tmp_path: Path) -> None:
+    edges = pd.read_csv(files.graph)
+    tested = {str(c.perturbation) for c in pc.unseen_perturbation(pc.read(files.screen, verbose=False)).test}
+    edges[~(edges["source"].isin(tested) | edges["target"].isin(tested))].to_csv(tmp_path / "graph.csv", index=False)
+    with pytest.raises(MissingInput, match="not in the graph"):
+        pc.compare(
+            files.screen,
+            out=tmp_path / "run",
+            models=["adapert"],
+            knowledge=[tmp_path / "graph.csv"],
+            embedding=files.embedding,
+            epochs=1,
+            overrides=QUICK,
+            strict=True,
+            progress=False,
+        )
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "running"
+
+
+def test_nothing_is_written_when_the_request_is_wrong(files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for wrong, error, message in (
+        ({"models": ["adaprt"]}, ValueError, "Did you mean 'adapert'"),
+        ({"overrides": {"adapert": {"widht": 3}}}, ValueError, "width"),
+        ({"split": "unseen_pertubation"}, DataError, "Did you mean 'unseen_perturbation'"),
+        ({"split": "unseen_context"}, DataError, "needs the context"),
+        ({"control": "controll"}, DataError, "control"),
+    ):
+        with pytest.raises(error, match=message):
+            pc.compare(files.screen, out=out, progress=False, **wrong)
+        assert not out.exists()
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExists, match="not empty"):
+        claim(tmp_path, replace_job="demo")
+    run = tmp_path / "run"
+    run.mkdir()
+    claim(run)
+    (run / "manifest.json").write_text('{"job": "compare", "started": "2026-01-02T03:04:05"}')
+    with pytest.raises(OutputExists, match="holds a run of 2026-01-02"):
+        claim(run, replace_job="demo")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (run / "manifest.json").write_text('{"job": "demo", "started": "2026-01-02T03:04:05"}')
+    with pytest.raises(OutputExists, match="holds a run"):
+        claim(run)
+    claim(run, replace_job="demo")
+    assert not run.exists()
+
+
+def test_unseen_context_is_predicted_from_its_controls(tmp_path: Path) -> None:
+    files = write_files(tmp_path, n_contexts=2)
+    scores = pc.compare(
+        files.screen, out=tmp_path / "run", split="unseen_context", context="line2", models=[], progress=False
+    )
+    assert {c.context for c in scores.conditions} == {"line2"}
+    assert scores.get("perturbation_mean", "pearson_delta")["mean"] > 0.1
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "having seen only its controls" in text
