@@ -167,8 +167,8 @@ def compare(
     scores = evaluate(prepared, predicted, split, seed=seed)
     write_scores(out, scores)
     manifest |= {
-        "verdict": {label: _verdict(scores, label) for label in predicted},
-        "paired": _records(scores.comparisons()),
+        "verdict": {label: _verdict(scores, label) for label in predicted if label in MODELS},
+        "paired": _paired(scores),
         "notes": scores.notes,
         "status": "complete",
         "seconds": round(time.monotonic() - started, 2),
@@ -274,7 +274,7 @@ def write_scores(out: Path, scores: Scores) -> None:
     """Write `scores.csv`, `per_perturbation.csv` and `deltas.npz` into a folder, each atomically."""
     write_atomic(out / "scores.csv", scores.scores.to_csv(index=False).encode())
     write_atomic(out / "per_perturbation.csv", scores.per_perturbation.to_csv(index=False).encode())
-    arrays = {
+    arrays: dict[str, Any] = {
         "context": np.array([c.context for c in scores.conditions]),
         "perturbation": np.array([str(c.perturbation) for c in scores.conditions]),
         "gene": np.asarray(scores.genes, dtype=str),
@@ -346,6 +346,18 @@ def _verdict(scores: Scores, model: str) -> dict[str, list[str]]:
     """The sentences of a verdict: one per headline metric against the others, the rest on collapse."""
     sentences = scores.verdict(model)
     return {"against": sentences[: len(HEADLINES)], "collapse": sentences[len(HEADLINES) :]}
+
+
+def _paired(scores: Scores) -> list[dict[str, Any]]:
+    """Every model against every baseline on the headline metrics, NaN as null."""
+    rows = [
+        {"model": model, "other": other, "metric": metric} | scores.paired(model, other, metric)._asdict()
+        for metric in HEADLINES
+        for model in scores.models
+        for other in scores.models
+        if model in MODELS and other in BASELINES
+    ]
+    return _records(pd.DataFrame(rows)) if rows else []
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-UsageError = typer.BadParameter.__bases__[0]
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or the copy that newer typer carries
 
 
 def _version(asked: bool) -> None:
@@ -57,12 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Errors are one or two lines on stderr; with PERTURBCORE_DEBUG=1 their traceback is shown.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return int(app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False) or 0)
+        return int(app(given, prog_name="perturbcore", standalone_mode=False) or 0)
     except UsageError as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "perturbcore"
-        print(f"error: {error.format_message()}\nSee `{where} --help`.", file=sys.stderr)  # type: ignore[attr-defined]
+        said = getattr(error, "format_message", error.__str__)()
+        print(f"error: {_one_line(said)}\nSee `{where} --help`.", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
@@ -72,12 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # Refusals meant for the user are ValueErrors and OSErrors; anything else is a fault of ours, and says so.
         if isinstance(error, (ValueError, OSError, FloatingPointError)):
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            print(f"error: {_one_line(str(error)) or type(error).__name__}", file=sys.stderr)
         else:
-            print(f"internal error: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
+            print(f"internal error: {type(error).__name__}: {_one_line(str(error))}", file=sys.stderr)
             print("Set PERTURBCORE_DEBUG=1 to see where, and please report it.", file=sys.stderr)
         return 1
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _one_line(said: str) -> str:
+    return " ".join(said.split())

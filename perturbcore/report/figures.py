@@ -98,11 +98,15 @@ def _subgraph(run: Run, label: str, nodes: pd.DataFrame, rows: list[int]) -> dic
     nodes = nodes.sort_values("score", ascending=False, kind="stable")
     hops = {gene: int(h) for gene, h in zip(nodes["gene"], nodes["hops"], strict=True) if h >= 0}
     hops = dict.fromkeys(label.split("+"), 0) | hops
-    drawn = [g for depth in range(3) for g in [g for g, h in hops.items() if min(h, 2) == depth][:MOST_PER_COLUMN]]
     edges = []
     if run.subgraph_edges is not None:
         here = run.subgraph_edges[run.subgraph_edges["perturbation"] == label]
         edges = list(zip(here["source"], here["target"], strict=True))
+    drawn: list[str] = []
+    for depth in range(3):  # genes reached through one that is drawn go before the others
+        reached = {target for source, target in edges if source in drawn}
+        column = [gene for gene, h in hops.items() if min(h, 2) == depth]
+        drawn += sorted(column, key=lambda gene: gene not in reached)[:MOST_PER_COLUMN]
     measured = _by_gene(d, d.real[rows].mean(axis=0))
     predicted = _by_gene(d, d.predicted["adapert"][rows].mean(axis=0)) if "adapert" in d.predicted else {}
     more = len(hops) - len(drawn)

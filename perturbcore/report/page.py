@@ -46,7 +46,7 @@ def render(run: Run) -> str:
         sections=SECTIONS,
         lede=_lede(run),
         tiles=_tiles(run),
-        verdicts=[_verdict(run, model) for model in run.fitted("model") or run.fitted("baseline")],
+        verdicts=[_verdict(run, model) for model in run.fitted("model")],
         n_test=len(run.deltas.perturbations),
         leaderboard=panels(run, LEADERBOARD),
         collapse=panels(run, COLLAPSE),
@@ -101,7 +101,7 @@ def _verdict(run: Run, model: str) -> dict[str, Any]:
     """Whether a model beats the baselines, pair by pair, and whether its predictions differ."""
     verdict = run.manifest["verdict"][model]
     pairs = [p for p in run.manifest["paired"] if p["model"] == model and p["other"] in run.fitted("baseline")]
-    metrics = list(dict.fromkeys(p["metric"] for p in pairs)) if model in run.fitted("model") else []
+    metrics = list(dict.fromkeys(p["metric"] for p in pairs))
     by_pair = {(p["other"], p["metric"]): p for p in pairs}
     return {
         "name": NAMES.get(model, model),

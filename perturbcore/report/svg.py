@@ -105,7 +105,7 @@ def _labels(
         width = 6.6 * len(name)
         for start, anchor, at in ((x + 7, "start", x + 7), (x - 7 - width, "end", x - 7)):
             inside = frame[0] < start and start + width < frame[1]
-            if inside and all(abs(y - v) > 9 or start > b or start + width < a for a, b, v in taken):
+            if inside and all(abs(y - v) > 10.5 or start > b or start + width < a for a, b, v in taken):
                 taken.append((start, start + width, y))
                 placed.append((i, (at, anchor)))
                 break
@@ -139,9 +139,9 @@ def movers(
     for i, g in enumerate(order):
         y = 8 + row * (i + 0.5)
         start, end = sorted((at(0), at(float(real[g]))))
-        hint = escape(f"{genes[g]}: measured {number(float(real[g]), 2)}")
+        title = escape(f"{genes[g]}: measured {number(float(real[g]), 2)}")
         bar = f'<rect x="{start:.1f}" y="{y - 5:.1f}" width="{end - start:.1f}" height="10" class="measured">'
-        body += [_text(left - 8, y + 4, genes[g][:13], "gene", "end"), f"{bar}<title>{hint}</title></rect>"]
+        body += [_text(left - 8, y + 4, genes[g][:13], "gene", "end"), f"{bar}<title>{title}</title></rect>"]
         for model, guess in predicted.items():
             if np.isfinite(guess[g]):
                 hint = f"{genes[g]}: {model} predicts {number(float(guess[g]), 2)}"
