@@ -26,8 +26,6 @@ def align(name: str, prediction: AnnData, real: Screen) -> Screen:
         DataError: an obs column, a label or X is missing; genes are duplicated or not the same set; a value is negative
             or not finite; the scale is not that of `real`.
     """
-    from anndata import AnnData
-
     keys = [real.perturbation_key, *([real.context_key] if real.context_key else [])]
     for key in keys:
         if key not in prediction.obs:
@@ -41,10 +39,11 @@ def align(name: str, prediction: AnnData, real: Screen) -> Screen:
     spelling = {real.label(perturbation): str(perturbation) for perturbation in real.perturbations}
     obs = prediction.obs[keys].astype(str)
     obs[real.perturbation_key] = [spelling.get(label, label) for label in obs[real.perturbation_key]]
-    x = prediction.X[:, columns]
+    aligned = prediction[:, columns].copy()
+    aligned.obs = obs
     try:
-        check_values(x, prediction.obs_names.to_numpy(), real.genes)
-        scale, _ = declared_scale(prediction.uns) or resolve_scale(x, "auto", prediction.uns)
+        check_values(aligned.X, prediction.obs_names.to_numpy(), real.genes)
+        scale, _ = declared_scale(prediction.uns) or resolve_scale(aligned.X, "auto", prediction.uns)
     except DataError as error:
         raise DataError(f"Prediction {name!r}: {error}") from error
     own, wanted = scale.target_sum, real.scale.target_sum
@@ -52,7 +51,7 @@ def align(name: str, prediction: AnnData, real: Screen) -> Screen:
     if scale.kind != real.scale.kind or not same_sum:
         raise DataError(f"Prediction {name!r} is {scale}, the screen is {real.scale}; bring both to one scale.")
     return Screen(
-        AnnData(X=x, obs=obs, var=real.adata.var[[]]),
+        aligned,
         scale,
         perturbation_key=real.perturbation_key,
         control_label=real.control_label,
