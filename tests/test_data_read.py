@@ -57,9 +57,7 @@ def test_usual_spellings_are_found(column: str, control: str) -> None:
 
 
 def test_of_several_usual_columns_the_one_with_a_control_is_taken() -> None:
-    found = read(
-        screen(condition=["rich medium", "poor medium", "salt"] * 4, cell_line=["k"] * 12, cell_type=["x"] * 12)
-    )
+    found = read(screen(condition=["rich", "poor"] * 6, cell_line=["k"] * 12, cell_type=["x"] * 12))
     assert (found.perturbation_key, found.context_key) == ("perturbation", "cell_line")
 
 
@@ -143,7 +141,7 @@ def test_bad_values_are_refused_with_their_place(layout: object) -> None:
     x[7, 0] = np.inf
     x[8, 1] = np.nan
     message = refusal(screen(layout(x)))  # type: ignore[operator]
-    assert "2 non-finite values" in message
+    assert "2 non-finite values; the first is inf in cell 'cell7', gene 'g1'" in message
 
 
 @pytest.mark.parametrize(

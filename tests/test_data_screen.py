@@ -79,6 +79,10 @@ def test_fingerprint_sees_values_labels_and_names() -> None:
     assert screen.select_genes(["g2", "g1", "g3"]).fingerprint != screen.fingerprint
     assert hand_made(direction=1).fingerprint != screen.fingerprint
     assert hand_made(context=None).fingerprint != screen.fingerprint
+    assert hand_made(context="lane", batch="cell_type").fingerprint != screen.fingerprint
+    swapped = screen.adata.copy()
+    swapped.obs["cell_type"] = ["h", *LINES[1:5], "k", *LINES[6:]]
+    assert read(swapped, batch="lane", verbose=False).fingerprint != screen.fingerprint
 
 
 def test_normalise_by_hand_and_never_twice() -> None:
@@ -97,16 +101,20 @@ def test_normalise_by_hand_and_never_twice() -> None:
 def test_an_empty_cell_stays_empty() -> None:
     x = X.copy()
     x[3] = 0
-    np.testing.assert_array_equal(hand_made(x).normalise().dense()[3], 0)
+    normalised = hand_made(x).normalise()
+    np.testing.assert_array_equal(normalised.dense()[3], 0)
+    assert normalised.scale.target_sum == np.median(np.delete(x.sum(1), 3))  # and does not count in the median
 
 
 def test_mean_of_many_cells_is_summed_in_float64() -> None:
-    n = 20_000
+    n = 40_000
+    x = np.random.default_rng(0).lognormal(0, 1, (n, 60)).clip(0, 14).astype(np.float32)
     obs = pd.DataFrame({"perturbation": ["control"] * (n - 1) + ["A"]}, index=[str(i) for i in range(n)])
-    x = np.full((n, 1), 16_777_217.0, np.float64)
-    x[:, 0] += np.arange(n) % 2 * 2
-    screen = read(AnnData(X=x, obs=obs, var=pd.DataFrame(index=["g"])), verbose=False)
-    assert screen.mean(np.arange(n))[0] == np.float32(screen.dense().astype(np.float64).mean())
+    adata = AnnData(X=x, obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(60)]))
+    expected = x.astype(np.float64).mean(0).astype(np.float32)
+    np.testing.assert_array_equal(read(adata, verbose=False).mean(np.arange(n)), expected)
+    adata.X = sp.csr_matrix(x)
+    np.testing.assert_array_equal(read(adata, verbose=False).mean(np.arange(n)), expected)
 
 
 def test_selection_refuses_unknown_names() -> None:

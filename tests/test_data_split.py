@@ -78,6 +78,8 @@ def test_leaks_are_refused() -> None:
         split("k::A k::C", "k::B", "k::A")
     with pytest.raises(DataError, match=r"conditions of val are in train too"):
         split("k::A k::C", "k::A", "k::B")
+    with pytest.raises(DataError, match=r"conditions of test are in val too"):
+        split("k::C", "k::A k::B", "k::A")
     with pytest.raises(DataError, match=r"perturbations of test are in train too \(A\)"):
         split("k::A", "k::B", "h::A", name="unseen_perturbation")
     with pytest.raises(DataError, match=r"perturbations of val are in train too"):
