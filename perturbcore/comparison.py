@@ -244,7 +244,8 @@ def _run_model(
     card |= {"seconds_fit": round(fitted - clock, 2), "seconds_predict": round(time.monotonic() - fitted, 2)}
     card["notes"] = model.notes
     card["fallbacks"] = dict(predicted.uns.get("fallback", {}))
-    write_h5ad(out / f"pred_{name}.h5ad", with_controls(predicted, screen))
+    predicted = with_controls(predicted, screen)
+    write_h5ad(out / f"pred_{name}.h5ad", predicted)
     if folder is not None and hasattr(model, "subgraph"):
         selected = model.subgraph(sorted({c.perturbation for c in split.test}))
         write_atomic(folder / "subgraph.csv", selected.to_csv(index=False).encode())

@@ -282,4 +282,5 @@ def test_drawings_survive_empty_constant_and_missing_values() -> None:
 
 
 def test_numbers_are_set_with_real_minus_signs() -> None:
-    assert [number(-0.25, 2), number(float("nan")), number(1e-9), number(0.0, 1)] == ["−0.25", "–", "≈ 0", "0.0"]
+    assert [number(v) for v in (-0.25, float("nan"), 1e-9, 0.0)] == ["−0.250", "–", "≈ 0", "0.000"]
+    assert [number(v) for v in (-0.0004, 0.0099, 0.01)] == ["−0.0004", "0.0099", "0.010"]

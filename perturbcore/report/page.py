@@ -174,12 +174,16 @@ def _split(run: Run) -> dict[str, Any]:
     return {
         "facts": [("Name", split["name"].replace("_", " ")), ("Seed", split["seed"]), ("Hash", split["hash"][:16])],
         "columns": columns,
-        "counts": [[f"{v:,}" if isinstance(v := row[c], int) else v for c in columns] for row in split["counts"]],
+        "counts": [[_cell(row[column]) for column in columns] for row in split["counts"]],
     }
 
 
+def _cell(value: int | str) -> dict[str, Any]:
+    return {"number": isinstance(value, int), "text": f"{value:,}" if isinstance(value, int) else value}
+
+
 def _skipped(run: Run) -> list[str]:
-    lines, tested = list(run.manifest["notes"]), run.manifest["split"]["tested"]
+    lines, tested = [_typeset(note) for note in run.manifest["notes"]], run.manifest["split"]["tested"]
     for name, model in run.manifest["models"].items():
         title = NAMES.get(name, name)
         if model["status"] == "skipped":

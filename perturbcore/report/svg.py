@@ -11,12 +11,13 @@ WIDTH = 360
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number as the page prints it: fixed digits, a real minus sign, a dash where there is none."""
+    """A number as the page prints it: real minus sign, two significant digits where it is small, a dash for none."""
     if not np.isfinite(value):
         return "–"
-    if value != 0 and abs(value) < 0.5 * 10**-digits:
+    small = 0 < abs(value) < 10 ** (1 - digits)
+    if small and abs(value) < 1e-6:
         return "≈ 0"
-    return f"{value:.{digits}f}".replace("-", "−")
+    return (f"{value:.2g}" if small else f"{value:.{digits}f}").replace("-", "−")
 
 
 def _svg(height: float, alt: str, body: list[str], kind: str) -> Markup:
