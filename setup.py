@@ -76,7 +76,9 @@ class PlatformWheel(bdist_wheel):
 
     def run(self):
         self.run_command("build")
-        self.root_is_pure = not self.get_finalized_command("build_cuda").get_outputs()
+        if self.get_finalized_command("build_cuda").get_outputs():
+            self.root_is_pure = False
+            self.distribution.has_ext_modules = lambda: True  # installs into the platform's own directory
         super().run()
 
     def get_tag(self):

@@ -30,7 +30,7 @@ class Problem:
     work: Work
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One row of the speed table. ``peers`` names everything it is compared with, installed or not."""
 

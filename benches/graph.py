@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import cast
 
 import scipy.sparse
 import torch
@@ -156,7 +157,7 @@ def build_gatv2(num_nodes: int, degree: int, heads: int, channels: int, backward
     inputs = (on_lattice(u), on_lattice(v, 1 / 512), att)
 
     def ours(u: Tensor, v: Tensor, att: Tensor) -> Tensor:
-        return ops.gatv2(graph, u, v, att)
+        return cast(Tensor, ops.gatv2(graph, u, v, att))
 
     def eager(u: Tensor, v: Tensor, att: Tensor) -> Tensor:
         sent = u[src]  # [E, H, C]
@@ -183,15 +184,14 @@ def build_gatv2(num_nodes: int, degree: int, heads: int, channels: int, backward
     )
 
 
-def spmm_case(name: str, floor: float | None, *sizes: int) -> Case:
+def spmm_case(name: str, floor: float | None, num_nodes: int, num_edges: int, batch: int, features: int) -> Case:
     """A row for :func:`build_spmm`; a floor goes with forward and backward together."""
-    num_nodes, num_edges, batch, features = sizes
     direction, peers = ("fwd+bwd", ()) if floor else ("fwd", ("torch.sparse CSR", "scipy CSR"))
     return Case(
         name=name,
         family="graph",
         shape=f"N={num_nodes} E≈{num_edges} B={batch} D={features}, a weight per edge and batch element, {direction}",
-        build=functools.partial(build_spmm, *sizes, backward=bool(floor)),
+        build=functools.partial(build_spmm, num_nodes, num_edges, batch, features, floor is not None),
         peers=("gather + index_add", *peers, "torch_sparse"),
         floors={"gather + index_add": floor} if floor else {},
     )

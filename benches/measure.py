@@ -15,6 +15,7 @@ import numba
 import numpy as np
 import torch
 from perturbcore.benches.case import Work
+from perturbcore.kernels.common.numba_cpu import follow_torch_threads
 
 STATUS = Path("/proc/self/status")
 
@@ -86,7 +87,7 @@ def _gather(table: Any, index: Any, sums: Any) -> None:
 def _fastest(call: Callable[[], object]) -> float:
     call()
     times = []
-    for _ in range(7):
+    for _ in range(20):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -94,32 +95,37 @@ def _fastest(call: Callable[[], object]) -> float:
 
 
 class Limits:
-    """What the machine can do with the threads in use, measured when first asked for."""
+    """The most that this machine was seen to do with the threads in use."""
 
     def __init__(self) -> None:
-        self._gather: dict[tuple[int, int], float] = {}
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        self.rates: dict[str, float] = {}  # bytes or operations a second, by name
+
+    def _try(self, name: str, amount: float, call: Callable[[], object]) -> float:
+        self.rates[name] = max(self.rates.get(name, 0.0), amount / _fastest(call))
+        return self.rates[name]
+
+    def triad(self) -> float:
+        """Measure the bytes a second of a sum of two arrays too large for the caches."""
         a, b, c = np.ones((3, 1 << 24), np.float32)
-        self.triad = 3 * a.nbytes / _fastest(lambda: _triad(a, b, c))  # bytes per second from memory
-        m = torch.randn(2048, 2048)
-        self.gemm = 2 * 2048**3 / _fastest(lambda: m @ m)  # float32 operations per second
+        return self._try("triad, bytes/s", 3 * a.nbytes, lambda: _triad(a, b, c))
+
+    def gemm(self) -> float:
+        """Measure the float32 operations a second of a matrix product."""
+        matrix = torch.randn(1024, 1024)
+        return self._try("gemm, flop/s", 2 * 1024**3, lambda: matrix @ matrix)
 
     def gather(self, rows: int, row_bytes: int) -> float:
-        """Bytes per second of rows read at random from a table of ``rows`` rows."""
-        if (rows, row_bytes) not in self._gather:
-            generator = np.random.default_rng(0)
-            table = np.ones((rows, row_bytes // 4), np.float32)
-            index = generator.integers(0, rows, (64, max(4, 2**25 // row_bytes // 64 * 4)), dtype=np.int32)
-            sums = np.zeros((64, row_bytes // 4), np.float32)
-            self._gather[rows, row_bytes] = index.size * row_bytes / _fastest(lambda: _gather(table, index, sums))
-        return self._gather[rows, row_bytes]
+        """Measure the bytes a second of rows read at random from a table of ``rows`` rows."""
+        table = np.ones((rows, row_bytes // 4), np.float32)
+        per_part = max(4, 2**25 // row_bytes // 64 * 4)
+        index = np.random.default_rng(0).integers(0, rows, (64, per_part), dtype=np.int32)
+        sums = np.zeros((64, row_bytes // 4), np.float32)
+        name = f"gather of {row_bytes} B rows from {rows}, bytes/s"
+        return self._try(name, index.size * row_bytes, lambda: _gather(table, index, sums))
 
     def seconds(self, work: Work) -> float:
-        """Time that the work would take at the limit."""
+        """Measure anew, and return the time that the work would take at the best rates seen so far."""
+        follow_torch_threads()
         moving = work.gathered_bytes / self.gather(work.table_rows, work.row_bytes) if work.gathered_bytes else 0.0
-        return max(moving, work.flops / self.gemm)
-
-    def as_dict(self) -> dict[str, float]:
-        """Everything measured so far, in GB/s and GFLOP/s."""
-        gathers = {f"gather_{r}x{b}B_gb_s": round(rate / 1e9, 1) for (r, b), rate in self._gather.items()}
-        return {"triad_gb_s": round(self.triad / 1e9, 1), "gemm_gflop_s": round(self.gemm / 1e9, 1)} | gathers
+        computing = work.flops / self.gemm() if work.flops else 0.0
+        return max(moving, computing)

@@ -1,28 +1,32 @@
 """The same cases under pytest-benchmark: ``make bench``, with JSON and comparison to earlier runs."""
 
+from __future__ import annotations
+
+import functools
+
 import pytest
 import torch
+from perturbcore.benches.case import Case, Outputs, Problem
 from perturbcore.benches.registry import CASES
 from perturbcore.benches.run import OURS, PEER_TOLERANCE, error
+from pytest_benchmark.fixture import BenchmarkFixture
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
-def case(request):
-    """One case, its problem and the float64 result, built once for all its implementations."""
+@functools.lru_cache(maxsize=1)
+def built(case: Case) -> tuple[Problem, Outputs]:
+    """Return the problem and its float64 result, kept while the implementations of one case are timed."""
     torch.set_num_threads(2)
-    problem = request.param.build()
-    return request.param, problem, problem.expected()
+    problem = case.build()
+    return problem, problem.expected()
 
 
-NAMES = list(dict.fromkeys([OURS, *(peer for case in CASES for peer in case.peers)]))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_bench(benchmark, case, name):
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [pytest.param(case, name, id=f"{case.name}-{name}") for case in CASES for name in (OURS, *case.peers)],
+)
+def test_bench(benchmark: BenchmarkFixture, case: Case, name: str) -> None:
     """Time one implementation of one case, after it has passed its check."""
-    case, problem, expected = case
-    if name not in (OURS, *case.peers):
-        pytest.skip(f"{name} is no peer of {case.name}")
+    problem, expected = built(case)
     calls = {OURS: problem.ours, **problem.peers}
     if name not in calls:
         pytest.skip(f"{name} is not installed")

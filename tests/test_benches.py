@@ -1,6 +1,7 @@
 """The bench runner: a ratio only for work that was checked, floors held, peers that are absent named."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from perturbcore.benches.measure import peak_bytes
 
 class Limits:
     """One operation a second."""
+
+    rates: ClassVar[dict] = {}
+
+    def triad(self):
+        pass
 
     def seconds(self, work):
         return work.flops
@@ -61,6 +67,6 @@ def test_list_and_unknown_names(capsys):
 def test_json_goes_to_stdout_and_a_failed_check_to_the_exit_code(capsys, monkeypatch):
     wrong = Problem(lambda: (torch.ones(2),), {}, lambda: (torch.zeros(2) + 2,), Work(flops=1))
     monkeypatch.setattr(run, "select", lambda names: [Case("op", "graph", "N=2", lambda: wrong, ())])
-    monkeypatch.setattr(run, "Limits", type("Quick", (Limits,), {"as_dict": lambda self: {}}))
+    monkeypatch.setattr(run, "Limits", Limits)
     assert main(["--json", "--budget", "0"]) == 1
     assert json.loads(capsys.readouterr().out)["cases"][0]["rows"]["perturbcore"]["passed"] is False
