@@ -15,7 +15,6 @@ import numba
 import numpy as np
 import torch
 from perturbcore.benches.case import Work
-from perturbcore.kernels.common.numba_cpu import follow_torch_threads
 
 STATUS = Path("/proc/self/status")
 
@@ -98,6 +97,7 @@ class Limits:
     """The most that this machine was seen to do with the threads in use."""
 
     def __init__(self) -> None:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.get_num_threads()))
         self.rates: dict[str, float] = {}  # bytes or operations a second, by name
 
     def _try(self, name: str, amount: float, call: Callable[[], object]) -> float:
@@ -125,7 +125,6 @@ class Limits:
 
     def seconds(self, work: Work) -> float:
         """Measure anew, and return the time that the work would take at the best rates seen so far."""
-        follow_torch_threads()
         moving = work.gathered_bytes / self.gather(work.table_rows, work.row_bytes) if work.gathered_bytes else 0.0
         computing = work.flops / self.gemm() if work.flops else 0.0
         return max(moving, computing)
