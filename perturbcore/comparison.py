@@ -26,6 +26,7 @@ from perturbcore.data import (
     MissingInput,
     Screen,
     Split,
+    check_shared_names,
     make_split,
     prepare,
     read,
@@ -89,7 +90,7 @@ def compare(
         preset: "default" or "paper", for every model.
         seed: of the split and of everything random in models and scores.
         epochs: most epochs a model is trained for.
-        strict: make a missing gene an error where a model would use its named fallback.
+        strict: make a missing gene an error where a model, not a baseline, would use its named fallback.
         overrides: configuration fields per model, such as ``{"adapert": {"hidden": 64}}``.
         n_genes: highly variable genes kept, chosen on training cells.
         progress: report on stderr.
@@ -116,13 +117,14 @@ def compare(
     if isinstance(embedding, (str, Path)):
         embedding = GeneEmbedding.read(embedding)
     candidates = {
-        name: build(kind, graphs, embedding, preset, epochs, strict, (overrides or {}).get(name, {}))
+        name: build(kind, graphs, embedding, preset, epochs, strict and name in MODELS, (overrides or {}).get(name, {}))
         for name, kind in kinds.items()
     }
     if isinstance(source, Screen):
         screen = source
     else:
         screen = read(source, perturbation, control, context_column, batch, scale, verbose=progress)
+    check_knowledge(screen, graphs, embedding)
     if not isinstance(split, Split):
         split = make_split(split, screen, context=context, seed=seed)
     say = _speaker(progress)
@@ -196,6 +198,16 @@ def claim(out: Path, *, replace_job: str | None = None) -> None:
         f"{out} already holds a run of {manifest.get('started', 'unknown date')[:10]}. "
         "Choose another folder with --out, or remove it first."
     )
+
+
+def check_knowledge(screen: Screen, graphs: Sequence[KnowledgeGraph], embedding: GeneEmbedding | None) -> None:
+    """Raise DataError for knowledge that names none of a screen's genes, such as symbols against Ensembl ids."""
+    perturbed = sorted({gene for perturbation in screen.perturbations for gene in perturbation.genes})
+    for graph in graphs:
+        check_shared_names(perturbed, graph.nodes.tolist(), f"graph {graph.name}")
+        check_shared_names(screen.genes.tolist(), graph.nodes.tolist(), f"graph {graph.name}")
+    if embedding is not None:
+        check_shared_names(perturbed, embedding.genes.tolist(), f"embedding {embedding.name}")
 
 
 def kind_of(name: str) -> type[Model]:

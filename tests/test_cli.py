@@ -139,6 +139,22 @@ def test_bad_screens_name_the_fix(
         assert expected in failure(capsys, command)
 
 
+def test_gene_names_of_another_kind_are_refused(
+    files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adata = anndata.read_h5ad(files.screen)
+    adata.var_names = [f"ENSG{i:011d}" for i in range(adata.n_vars)]
+    path = tmp_path / "ensembl.h5ad"
+    adata.write_h5ad(path)
+    knowledge = ["--knowledge", str(files.graph)]
+    fit = ["fit", str(path), "--model", "adapert", "--out", str(tmp_path / "model")]
+    for command in (["inspect", str(path)], ["compare", str(path), "--out", str(tmp_path / "run")], fit):
+        said = failure(capsys, [*command, *knowledge])
+        assert "Ensembl ids" in said
+        assert "gene symbols" in said
+        assert "graph graph.csv" in said
+
+
 def test_files_that_are_not_screens(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     truncated = tmp_path / "truncated.h5ad"
     truncated.write_bytes(files.screen.read_bytes()[:2000])

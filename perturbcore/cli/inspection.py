@@ -33,17 +33,18 @@ def inspect(
 
     Exits with 0 only if the screen can be used as it is; otherwise it says what to mend.
     """
+    from perturbcore.comparison import check_knowledge
     from perturbcore.data import GeneEmbedding, KnowledgeGraph, read
     from perturbcore.data.errors import listed
 
     screen = read(file, perturbation, control, context_column, batch, scale, verbose=not as_json)
     genes = sorted({gene for p in screen.perturbations for gene in p.genes})
-    found = _facts(screen)
     graphs = [KnowledgeGraph.read(path, verbose=not as_json) for path in knowledge or ()]
+    vectors = None if embedding is None else GeneEmbedding.read(embedding)
+    check_knowledge(screen, graphs, vectors)
     sources = [(graph.name, graph.index(genes) >= 0) for graph in graphs]
-    if embedding is not None:
-        vectors = GeneEmbedding.read(embedding)
-        sources.append((vectors.name, vectors.lookup(genes)[1]))
+    sources += [] if vectors is None else [(vectors.name, vectors.lookup(genes)[1])]
+    found = _facts(screen)
     found["knowledge"] = [
         {"name": name, "covered": int(known.sum()), "of": len(genes), "missing": _names(genes, known)}
         for name, known in sources
