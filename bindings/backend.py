@@ -99,4 +99,8 @@ def implement(library: Library) -> None:
 def _launch(op: str, device: str, *args: Any) -> Any:
     if not device:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-    return _launcher(op, _choice, device)(*args)
+    launcher = _launcher(op, _choice, device)
+    if not torch.is_autocast_enabled(device):
+        return launcher(*args)
+    with torch.autocast(device, enabled=False):  # a launcher's own products stay in the precision of its inputs
+        return launcher(*args)

@@ -162,12 +162,12 @@ def _values(name: str, value: Tensor, device: torch.device | None, dtype: torch.
     """Check a floating tensor; under autocast it is computed in float32."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor.")
-    if torch.is_autocast_enabled(value.device.type) and value.is_floating_point():
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} is on {value.device}; expected {device}, where the others are.")
+    if value.is_floating_point() and not value.is_meta and torch.is_autocast_enabled(value.device.type):
         value = value.float()
     if value.dtype not in ((torch.float32, torch.float64) if dtype is None else (dtype,)):
         raise ValueError(f"{name} has dtype {value.dtype}; expected {dtype or 'torch.float32 or torch.float64'}.")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} is on {value.device}; expected {device}, where the others are.")
     return value
 
 

@@ -1,11 +1,11 @@
 """The graph family on CPU: gated pooling, over all nodes (dense) or over the candidates of each query (ragged).
 
-The score is a sum over k of w · leaky_relu(a + q), with leaky_relu(r) = (1 + s)/2 · r + (1 − s)/2 · |r|. The linear part
-separates into one number per node and one per query, so a pair costs an addition, an absolute value and a multiply-add per
-k. Since leaky_relu(r) = r · slope(r), the sums Σ d_score · slope over nodes and over queries give the gradients of a, q and w.
-Dense scores are computed for a tile of nodes, transposed so that its nodes fill the vector lanes, against two queries at a
-time; their gradient for four nodes against two queries, with k in the lanes. Both keep what they add to in registers or in
-the first cache.
+The score is a sum over k of w · leaky_relu(a + q), with leaky_relu(r) = (1 + s)/2 · r + (1 − s)/2 · |r|. The linear
+part separates into one number per node and one per query, so a pair costs an addition, an absolute value and a
+multiply-add per k. Since leaky_relu(r) = r · slope(r), the sums Σ d_score · slope over nodes and over queries give the
+gradients of a, q and w. Dense scores are computed for a tile of nodes, transposed so that its nodes fill the vector
+lanes, against two queries at a time; their gradient for four nodes against two queries, with k in the lanes. Both keep
+what they add to in registers or in the first cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from perturbcore.kernels.graph.reference import check_csr, check_shape, norm, no
 from torch import Tensor
 from torch.nn.functional import pad
 
-TILE = 64  # nodes, a multiple of 4
+TILE = 128  # nodes, a multiple of 4
 PARTS = 16  # of the nodes, in backward passes that sum over them
 
 
@@ -63,9 +63,13 @@ def _dense(a, q, linear_q, w, slope, tau, hard, seeded, seed, shift, weighted, g
         count = min(TILE, nodes - first)
         at, linear = np.zeros((hidden, TILE), a.dtype), np.zeros(TILE, a.dtype)
         for v in range(count):
-            for i in range(a.shape[1]):
-                at[i, v] = a[first + v, i]
-                linear[v] += up * w[i] * a[first + v, i]
+            av = a[first + v]
+            for i in range(av.size):
+                at[i, v] = av[i]
+        for i in range(hidden):
+            ai, wi = at[i], up * w[i]
+            for v in range(TILE):
+                linear[v] += wi * ai[v]
         sums, noise = np.empty((2, TILE), a.dtype), np.empty(TILE, a.dtype)
         for p in range(0, queries, 2):
             other = min(p + 1, queries - 1)
@@ -95,7 +99,7 @@ def _dense_backward(
     a, q, w, slope, tau, hard, seeded, seed, shift, weighted,
     score, gate, pull, grad_size, grad_gate, grad_score, grad_a, sum_q, sum_w,
 ):  # fmt: skip
-    """``pull`` holds ⟨gradient of the sum, h⟩ per pair and is overwritten by the share of h; empty gradients are zero."""
+    """``pull`` holds ⟨gradient of the sum, h⟩ per pair and becomes the share of h; empty gradients count as zero."""
     queries, hidden = q.shape
     nodes, zero, one = a.shape[0], a.dtype.type(0), a.dtype.type(1)
     tiles = (nodes + TILE - 1) // TILE
@@ -291,7 +295,7 @@ def gated_pool_backward(
     grad_gate: Tensor | None,
     grad_score: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``reference.gated_pool_backward``; needs an array of the size of the score, and ``PARTS`` of the size of ``q``."""
+    """See ``reference.gated_pool_backward``; needs one array, or two, of the size of the score, and PARTS of that of q."""
     _check(a, q, w, h, ptr, idx)
     pairs = (q.shape[0], a.shape[0]) if idx is None else tuple(idx.shape)
     for name, tensor in (("gate", gate), ("score", score), ("grad_gate", grad_gate), ("grad_score", grad_score)):

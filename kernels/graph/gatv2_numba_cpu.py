@@ -1,8 +1,9 @@
 """The graph family on CPU: attention.
 
 An edge's score, its attention and its share of the result need the same two rows, and rows are what a pass over a graph
-waits for: they are fetched two edges ahead. leaky_relu is homogeneous, leaky_relu(r) = r · slope(r), so the gradient of
-``att`` follows from the sums of score gradient × slope that those of ``u`` and ``v`` need anyway.
+waits for: they are fetched two edges ahead. The gradients of the scores entering a node sum to zero, so the gradient of
+``v`` needs only those of the positive side, times 1 − slope. leaky_relu is homogeneous, leaky_relu(r) = r · slope(r),
+so the gradient of ``att`` follows from the sums of score gradient × slope that those of ``u`` and ``v`` need anyway.
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ def _attention(rowptr, col, u, v, att, lse, slope, attention):
 
 @kernel
 def _backward_by_destination(rowptr, col, u, v, att, slope, y, lse, grad, attention, grad_score, grad_v, grad_att):
-    """Attention and the gradient of the score per edge and head, the gradient of ``v``, and its part in that of ``att``."""
+    """Attention and gradient of the score per edge and head, the gradient of ``v``, and its part in that of ``att``."""
     _, heads, channels = u.shape
+    zero, bend = u.dtype.type(0), u.dtype.type(1) - slope
     for part in prange(PARTS):
         total, centre = np.empty((heads, channels), u.dtype), np.empty(heads, u.dtype)
         grad_att[part] = 0
@@ -103,16 +105,14 @@ def _backward_by_destination(rowptr, col, u, v, att, slope, y, lse, grad, attent
                         pull += uj[c] * gi[c]
                     weight = exp(s - lse[i, h])
                     up = weight * (pull - centre[h])
-                    down = slope * up
                     attention[e, h], grad_score[e, h] = weight, up
                     for c in range(channels):
-                        step = up if uj[c] + vi[c] > 0 else down
-                        t[c] += step
+                        t[c] += up if uj[c] + vi[c] > 0 else zero
             for h in range(heads):
                 vi, a, t, gvi, ga = v[i, h], att[h], total[h], grad_v[i, h], grad_att[part, h]
                 for c in range(channels):
-                    gvi[c] = a[c] * t[c]
-                    ga[c] += vi[c] * t[c]
+                    gvi[c] = bend * a[c] * t[c]
+                    ga[c] += bend * vi[c] * t[c]
 
 
 @kernel

@@ -46,7 +46,7 @@ def _spmm(rowptr, col, weight, x, y):
 def _spmm_backward(t_rowptr, t_col, t_perm, weight, x, grad, grad_x, grad_weight):
     """Both gradients in one pass over the edges by source, so that each gathered row of ``grad`` serves twice.
 
-    What a batch shares is summed over the batch: then one task takes all of it, else each batch entry has its own tasks.
+    What a batch shares is summed over the batch: then one task takes all of it; else each entry has its own.
     """
     batch, _, features = grad.shape
     shared_x, shared_weight = x.shape[0] < batch, weight.shape[0] < batch

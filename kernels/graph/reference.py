@@ -219,9 +219,9 @@ def gated_pool_backward(
     pre = a[node] + q[row]
     d_slope = d_score[..., None] * _slope(pre, negative_slope)
     flat = node.expand(score.shape).reshape(-1)
-    d_pre = (d_slope * w).reshape(-1, a.shape[1])
-    d_share = ((gate * keep)[..., None] * grad_sum[row]).reshape(-1, h.shape[1])
-    grad_w = (d_slope * pre).reshape(-1, a.shape[1]).sum(0)
+    d_pre = (d_slope * w).flatten(0, -2)
+    d_share = ((gate * keep)[..., None] * grad_sum[row]).flatten(0, -2)
+    grad_w = (d_slope * pre).flatten(0, -2).sum(0)
     grad_q = _sum_rows(d_slope * w, row, q.shape[0], idx)
     grad_a, grad_h = torch.zeros_like(a).index_add(0, flat, d_pre), torch.zeros_like(h).index_add(0, flat, d_share)
     return grad_a, grad_q, grad_w, grad_h

@@ -1,0 +1,413 @@
+"""What every op promises, whatever it computes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import assert_close
+
+from perturbcore import ops
+
+raw = torch.ops.perturbcore
+GRAPH = ops.Graph.from_edges([0, 2, 1, 2, 2, 4, 0], [1, 0, 1, 2, 0, 1, 1], 5)
+CANDIDATES = (torch.tensor([0, 3, 3, 5]), torch.tensor([4, 0, 4, 1, 2]))
+CSR = (GRAPH.rowptr, GRAPH.col, GRAPH.t_rowptr, GRAPH.t_col, GRAPH.t_perm)
+GATE = (0.7, False, 3, 0.5, True, "sqrt", 0.2)
+
+
+def normal(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def cases(dtype=torch.float64):
+    """Every op as a function of its differentiable inputs; gates are soft, for a straight-through gradient is none."""
+
+    def pool(candidates):
+        return lambda a, q, w, h: tuple(ops.gated_pool(a, q, w, h, candidates=candidates, hard=False, seed=3, tau=0.7))
+
+    scores = (
+        normal(5, 3, dtype=dtype),
+        normal(3, 3, dtype=dtype, seed=1),
+        normal(3, dtype=dtype),
+        normal(5, 2, dtype=dtype),
+    )
+    nodes = normal(5, 2, 3, dtype=dtype), normal(5, 2, 3, dtype=dtype, seed=1), normal(2, 3, dtype=dtype)
+    return {
+        "spmm": (lambda x, w: ops.spmm(GRAPH, x, w), (normal(2, 5, 3, dtype=dtype), normal(2, 7, dtype=dtype))),
+        "spmm, x shared": (lambda x, w: ops.spmm(GRAPH, x, w), (normal(5, 3, dtype=dtype), normal(2, 7, dtype=dtype))),
+        "spmm, weight shared": (
+            lambda x, w: ops.spmm(GRAPH, x, w),
+            (normal(2, 5, 3, dtype=dtype), normal(7, dtype=dtype)),
+        ),
+        "spmm, mean": (lambda x: ops.spmm(GRAPH, x, reduce="mean"), (normal(5, 3, dtype=dtype),)),
+        "gatv2": (lambda u, v, att: ops.gatv2(GRAPH, u, v, att), nodes),
+        "gated_pool": (pool(None), scores),
+        "gated_pool, candidates": (pool(CANDIDATES), scores),
+    }
+
+
+CASES = list(cases())
+
+
+def requiring_grad(inputs):
+    return [t.detach().clone().requires_grad_() for t in inputs]
+
+
+def all_of(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(backend, name):
+    op, inputs = cases()[name]
+    assert torch.autograd.gradcheck(op, requiring_grad(inputs))
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_straight_through_gradient_is_that_of_the_soft_gate(backend, hard):
+    a, q, w, h = requiring_grad(cases()["gated_pool"][1])
+    gate = ops.gated_pool(a, q, w, h, hard=hard, seed=3).gate
+    soft = ops.gated_pool(a, q, w, h, hard=False, seed=3).gate
+    for gradient, expected in zip(
+        torch.autograd.grad(gate.sum(), (a, q, w)), torch.autograd.grad(soft.sum(), (a, q, w)), strict=True
+    ):
+        assert_close(gradient, expected)
+
+
+OPCHECKS = {
+    "spmm": (*CSR, normal(2, 7), normal(1, 5, 3)),
+    "spmm_backward": (*CSR, normal(2, 7), normal(1, 5, 3), normal(2, 5, 3), True, True),
+    "gatv2": (*CSR, normal(5, 2, 3), normal(5, 2, 3, seed=1), normal(2, 3), 0.2),
+    "gatv2_attention": (*CSR[:2], normal(5, 2, 3), normal(5, 2, 3, seed=1), normal(2, 3), normal(5, 2), 0.2),
+    "gatv2_backward": (
+        *CSR, normal(5, 2, 3), normal(5, 2, 3, seed=1), normal(2, 3), 0.2,
+        normal(5, 2, 3), normal(5, 2), normal(5, 2, 3),
+    ),
+    "gated_pool": (normal(5, 3), normal(3, 3), normal(3), normal(5, 2), *CANDIDATES, *GATE),
+    "gated_pool_backward": (
+        normal(5, 3), normal(3, 3), normal(3), normal(5, 2), None, None, *GATE,
+        normal(3, 2), normal(3, 5), normal(3, 5), normal(3, 2), None, normal(3, 5),
+    ),
+}  # fmt: skip
+
+
+def test_every_op_is_checked():
+    from perturbcore.bindings.backend import FAMILY
+    from perturbcore.bindings.schemas import SCHEMAS
+
+    assert set(OPCHECKS) == set(SCHEMAS) == set(FAMILY)
+
+
+@pytest.mark.parametrize("name", OPCHECKS)
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_opcheck(name, differentiable):
+    differentiable = differentiable and not name.endswith(("_backward", "_attention"))
+    arguments = [
+        a.clone().requires_grad_(differentiable) if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in OPCHECKS[name]
+    ]
+    torch.library.opcheck(getattr(raw, name).default, tuple(arguments))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_strided_inputs(backend, name):
+    op, inputs = cases()[name]
+    strided = [torch.stack([t, t], -1)[..., 1].requires_grad_() for t in inputs]
+    assert not any(t.is_contiguous() for t in strided if t.numel() > 1)
+    dense = requiring_grad(inputs)
+    results, expected = all_of(op(*strided)), all_of(op(*dense))
+    for result, value in zip(results, expected, strict=True):
+        assert_close(result, value)
+    pulled = torch.autograd.grad([r.sum() for r in results], strided)  # the gradient of a sum is expanded: stride 0
+    for gradient, value in zip(pulled, torch.autograd.grad([r.sum() for r in expected], dense), strict=True):
+        assert_close(gradient, value)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_on_one_and_two_threads(poisoned, name):
+    graph = ops.Graph.from_edges(*torch.randint(0, 900, (2, 8000), generator=torch.Generator().manual_seed(0)), 900)
+    ptr, idx = (
+        torch.tensor([0, 700, 900, 1500]),
+        torch.randint(0, 900, (1500,), generator=torch.Generator().manual_seed(1)),
+    )
+    f32 = torch.float32
+    if name.startswith("spmm"):
+        shared_x, shared_weight = "x shared" in name, "weight shared" in name
+        inputs = requiring_grad(
+            [
+                normal(*([] if shared_x else [3]), 900, 33, dtype=f32),
+                normal(*([] if shared_weight else [3]), 8000, dtype=f32),
+            ]
+        )
+        run = lambda: [ops.spmm(graph, *inputs, reduce="mean" if "mean" in name else "sum")]  # noqa: E731
+    elif name == "gatv2":
+        inputs = requiring_grad(
+            [normal(900, 2, 33, dtype=f32), normal(900, 2, 33, dtype=f32, seed=1), normal(2, 33, dtype=f32)]
+        )
+        run = lambda: [ops.gatv2(graph, *inputs)]  # noqa: E731
+    else:
+        shapes = (900, 33), (3, 33), (33,), (900, 21)
+        inputs = requiring_grad([normal(*shape, dtype=f32) for shape in shapes])
+        candidates = (ptr, idx) if "candidates" in name else None
+        run = lambda: list(ops.gated_pool(*inputs, candidates=candidates, hard=False, seed=1)[1:])  # noqa: E731
+    before = torch.get_num_threads()
+    seen = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results = run()
+            seen.append(
+                [*results, *torch.autograd.grad([r.square().sum() for r in results], inputs, allow_unused=True)]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*seen, strict=True):
+        assert one is two is None or torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_in_one_graph(name):
+    op, inputs = cases(torch.float32)[name]
+    eager, traced = requiring_grad(inputs), requiring_grad(inputs)
+    results = all_of(op(*eager))
+    torch._dynamo.reset()
+    compiled = all_of(torch.compile(op, fullgraph=True, backend="aot_eager")(*traced))
+    for result, value in zip(compiled, results, strict=True):
+        assert torch.equal(result, value)
+    for gradient, value in zip(
+        torch.autograd.grad([r.sum() for r in compiled], traced),
+        torch.autograd.grad([r.sum() for r in results], eager),
+        strict=True,
+    ):
+        assert torch.equal(gradient, value)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_gradients(backend, name):
+    op, inputs = cases(torch.float32)[name]
+    expected = all_of(op(*requiring_grad(inputs)))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for result, value in zip(all_of(op(*inputs)), expected, strict=True):
+                assert not result.requires_grad
+                assert torch.equal(result, value)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_computes_in_float32(backend, name):
+    op, inputs = cases(torch.float32)[name]
+    half = requiring_grad([t.bfloat16() for t in inputs])
+    expected = all_of(op(*(t.detach().float() for t in half)))
+    with torch.autocast("cpu", torch.bfloat16):
+        results = all_of(op(*half))
+    for result, value in zip(results, expected, strict=True):
+        assert result.dtype == torch.float32
+        assert torch.equal(result, value)
+    assert all(g.dtype == torch.bfloat16 for g in torch.autograd.grad([r.sum() for r in results], half))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_order_gradients_are_refused(name):
+    op, inputs = cases()[name]
+    inputs = requiring_grad(inputs)
+    results = all_of(op(*inputs))
+    (gradient,) = torch.autograd.grad([r.square().sum() for r in results], inputs[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        torch.autograd.grad(gradient.square().sum(), inputs[:1])
+
+
+@pytest.mark.parametrize("name", ["spmm", "gatv2", "gated_pool", "gated_pool, candidates"])
+def test_nan_and_infinity_are_not_lost(backend, name):
+    op, inputs = cases(torch.float32)[name]
+    spoilt = [inputs[0].clone(), *inputs[1:]]
+    spoilt[0].view(-1)[-1] = float("nan")
+    assert any(torch.isnan(r).any() for r in all_of(op(*spoilt)))
+
+
+def test_gradients_only_where_asked(backend):
+    x, weight = normal(2, 5, 3), normal(7)
+    for asked in ([True, False], [False, True]):
+        inputs = [t.clone().requires_grad_(a) for t, a in zip((x, weight), asked, strict=True)]
+        full = requiring_grad((x, weight))
+        ops.spmm(GRAPH, *inputs).sum().backward()
+        ops.spmm(GRAPH, *full).sum().backward()
+        for t, other, a in zip(inputs, full, asked, strict=True):
+            assert (t.grad is not None) == a
+            if a:
+                assert_close(t.grad, other.grad)
+
+
+# ---- refusals
+
+
+def lists(ptr, idx):
+    return torch.tensor(ptr), torch.tensor(idx)
+
+
+SPMM = {"x": normal(5, 3)}
+GATV2 = {"u": normal(5, 2, 3), "v": normal(5, 2, 3), "att": normal(2, 3)}
+POOL = {"a": normal(5, 3), "q": normal(2, 3), "w": normal(3), "h": normal(5, 2)}
+REFUSALS = [
+    (ops.spmm, SPMM, {"x": normal(4, 3)}, r"x has shape \[4, 3\]; expected \[5, D\] or \[B, 5, D\]"),
+    (ops.spmm, SPMM, {"x": normal(5, 3).half()}, r"x has dtype torch.float16; expected torch.float32 or torch.float64"),
+    (ops.spmm, SPMM, {"x": [[1.0]]}, r"x is a list; expected a tensor"),
+    (ops.spmm, SPMM, {"weight": normal(6)}, r"weight has shape \[6\]; expected \[7\]"),
+    (ops.spmm, SPMM, {"weight": normal(7).float()}, r"weight has dtype torch.float32; expected torch.float64"),
+    (ops.spmm, {"x": normal(2, 5, 3)}, {"weight": normal(3, 7)}, r"weight has shape \[3, 7\]; expected \[2, 7\]"),
+    (ops.spmm, SPMM, {"reduce": "max"}, r"reduce is 'max'; expected one of 'sum', 'mean'"),
+    (ops.spmm, SPMM, {"x": normal(5, 3).to("meta")}, r"x is on meta; expected cpu"),
+    (ops.gatv2, GATV2, {"u": normal(5, 6)}, r"u has shape \[5, 6\]; expected \[5, H, C\]"),
+    (ops.gatv2, GATV2, {"v": normal(5, 2, 4)}, r"v has shape \[5, 2, 4\]; expected \[5, 2, 3\]"),
+    (ops.gatv2, GATV2, {"att": normal(6)}, r"att has shape \[6\]; expected \[2, 3\]"),
+    (ops.gated_pool, POOL, {"a": normal(5)}, r"a has shape \[5\]; expected \[N, k\]"),
+    (ops.gated_pool, POOL, {"q": normal(2, 4)}, r"q has shape \[2, 4\]; expected \[B, 3\]"),
+    (ops.gated_pool, POOL, {"w": normal(3, 1)}, r"w has shape \[3, 1\]; expected \[3\]"),
+    (ops.gated_pool, POOL, {"h": normal(4, 2)}, r"h has shape \[4, 2\]; expected \[5, D\]"),
+    (ops.gated_pool, POOL, {"bias": normal(2)}, r"bias has shape \[2\]; expected \[3\]"),
+    (ops.gated_pool, POOL, {"tau": 0.0}, r"tau is 0.0; expected a finite number above 0"),
+    (ops.gated_pool, POOL, {"threshold": 1.0}, r"threshold is 1.0; expected a number between 0 and 1"),
+    (ops.gated_pool, POOL, {"seed": 2**63}, r"seed is 9223372036854775808; expected an integer of 64 bits"),
+    (ops.gated_pool, POOL, {"pool": "max"}, r"pool is 'max'"),
+    (ops.gated_pool, POOL, {"candidates": CANDIDATES}, r"candidates\[0\] has shape \[4\]; expected \[3\]"),
+    (ops.gated_pool, POOL, {"candidates": lists([0, 1, 2], [0, 5])}, r"candidates\[1\] holds the index 5; expected 0 to 4"),
+    (ops.gated_pool, POOL, {"candidates": lists([0, 3, 2], [0, 1])}, r"candidates\[0\] does not rise from 0 to 2"),
+    (ops.gated_pool, POOL, {"candidates": lists([0.0, 1, 2], [0, 1])}, r"candidates\[0\] is a torch.float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "good", "bad", "message"), REFUSALS, ids=range(len(REFUSALS)))
+def test_refusals_name_the_argument(backend, op, good, bad, message):
+    graph = {} if op is ops.gated_pool else {"graph": GRAPH}
+    op(**graph, **good)
+    with pytest.raises(ValueError, match=message):
+        op(**graph, **(good | bad))
+
+
+CORRUPT = {
+    "rowptr beyond the edges": (0, torch.tensor([0, 2, 6, 7, 7, 900], dtype=torch.int32)),
+    "rowptr falling": (0, torch.tensor([0, 6, 2, 7, 7, 7], dtype=torch.int32)),
+    "rowptr negative": (0, torch.tensor([-9, 2, 6, 7, 7, 7], dtype=torch.int32)),
+    "rowptr empty": (0, torch.empty(0, dtype=torch.int32)),
+    "col too large": (1, torch.full((7,), 5, dtype=torch.int32)),
+    "col negative": (1, torch.full((7,), -1, dtype=torch.int32)),
+    "t_rowptr falling": (2, torch.tensor([0, 6, 2, 7, 7, 7], dtype=torch.int32)),
+    "t_col too large": (3, torch.full((7,), 2**31 - 1, dtype=torch.int32)),
+    "t_perm too large": (4, torch.full((7,), 7, dtype=torch.int32)),
+}
+
+
+@pytest.mark.parametrize("corruption", CORRUPT)
+@pytest.mark.parametrize("op", ["spmm_backward", "gatv2_backward"])
+def test_a_corrupt_graph_is_refused_however_it_gets_in(corruption, op):
+    position, value = CORRUPT[corruption]
+    arguments = list(OPCHECKS[op])
+    arguments[position] = value
+    with ops.backend("numba"):
+        if position < 2:
+            forward = op.removesuffix("_backward")
+            with pytest.raises(ValueError, match=r"rowptr|col"):
+                getattr(raw, forward)(*arguments[:5], *OPCHECKS[forward][5:])
+        if position >= 2 or op == "gatv2_backward":
+            with pytest.raises(ValueError, match=r"rowptr|col|t_perm"):
+                getattr(raw, op)(*arguments)
+
+
+@pytest.mark.parametrize("name", OPCHECKS)
+def test_a_tensor_of_the_wrong_size_is_refused_however_it_gets_in(backend, name):
+    for position, argument in enumerate(OPCHECKS[name]):
+        if isinstance(argument, torch.Tensor) and argument.is_floating_point():
+            arguments = list(OPCHECKS[name])
+            arguments[position] = argument.repeat(*[1] * (argument.dim() - 1), 2)[..., :-1]  # its last dimension is odd
+            if arguments[position].shape == argument.shape or (name, position) in FREE:
+                continue
+            with pytest.raises((ValueError, RuntimeError, IndexError)):
+                getattr(raw, name)(*arguments)
+
+
+# arguments whose last dimension no other argument fixes
+FREE = {("spmm", 6), ("gated_pool", 3)}
+
+
+# ---- the choice of backend
+
+
+def test_explicit_choices_that_cannot_be_served_raise(monkeypatch):
+    with (
+        pytest.raises(ops.BackendError, match=r"unknown backend 'nunba'; known are reference, numba"),
+        ops.backend("nunba"),
+    ):
+        pass
+    x = normal(5, 3)
+    with ops.backend("cuda"), pytest.raises(ops.BackendError, match=r"'cuda' does not serve cpu tensors"):
+        ops.spmm(GRAPH, x)
+    with ops.backend("triton"):
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            with pytest.raises(ops.BackendError, match="TRITON_INTERPRET=1"):
+                ops.spmm(GRAPH, x)
+        with pytest.raises(ops.BackendError, match=r"'triton' has no kernel for gated_pool; reference, numba have"):
+            ops.gated_pool(**POOL)
+
+
+def test_backends_nest_and_are_restored_after_an_error():
+    from perturbcore.bindings import backend as module
+
+    def fail_inside():
+        with ops.backend("reference"):
+            with ops.backend("numba"):
+                assert module._choice == "numba"
+            assert module._choice == "reference"
+            raise KeyError
+
+    before = module._choice
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert module._choice == before
+
+
+def test_the_choice_holds_in_other_threads():
+    caught = []
+
+    def call():
+        try:
+            ops.spmm(GRAPH, normal(5, 3))
+        except ops.BackendError as error:
+            caught.append(str(error))
+
+    with ops.backend("cuda"):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert len(caught) == 1
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_environment_chooses_and_toolchains_stay_unloaded():
+    code = (
+        "import sys, torch\n"
+        "from perturbcore import ops\n"
+        "ops.spmm(ops.Graph.from_edges([0], [0], 1), torch.ones(1, 1))\n"
+        "heavy = {'numba', 'triton', 'anndata', 'pandas', 'ot'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = run_python(code, PERTURBCORE_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    done = run_python("import perturbcore.ops", PERTURBCORE_BACKEND="fast")
+    assert done.returncode != 0
+    assert "PERTURBCORE_BACKEND names the unknown backend 'fast'" in done.stderr
