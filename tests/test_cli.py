@@ -97,6 +97,14 @@ def test_wrong_usage_exits_with_2_and_points_to_help(capsys: pytest.CaptureFixtu
     assert "model.field=value" in failure(capsys, ["compare", "x.h5ad", "--set", "adapert"], code=2)
 
 
+def test_a_command_without_arguments_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["split"]):
+        assert main(arguments) == 2
+        shown = capsys.readouterr()
+        assert "Commands" in shown.out
+        assert shown.err == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

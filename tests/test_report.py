@@ -11,7 +11,7 @@ import pytest
 
 from perturbcore.report import ReportError, Run, write
 from perturbcore.report.page import render
-from perturbcore.report.svg import movers, network, number, scatter
+from perturbcore.report.svg import digits_for, movers, network, number, scatter
 
 SECTIONS = {"summary", "scores", "perturbations", "collapse", "subgraph", "training", "data", "skipped", "method"}
 GENES = ["JAK2", "STAT1", "IRF1", "<b>odd</b>", "NA", *(f"G{i}" for i in range(35))]
@@ -281,6 +281,6 @@ def test_drawings_survive_empty_constant_and_missing_values() -> None:
         assert "nan" not in drawing
 
 
-def test_numbers_are_set_with_real_minus_signs() -> None:
-    assert [number(v) for v in (-0.25, float("nan"), 1e-9, 0.0)] == ["−0.250", "–", "≈ 0", "0.000"]
-    assert [number(v) for v in (-0.0004, 0.0099, 0.01)] == ["−0.0004", "0.0099", "0.010"]
+def test_numbers_are_set_with_real_minus_signs_and_enough_digits() -> None:
+    assert [number(v) for v in (-0.25, float("nan"), -1e-9, 0.0006)] == ["−0.250", "–", "0.000", "0.001"]
+    assert [digits_for(v) for v in ([0.1, 5], [0.024, 0.02], [0.0061, -0.001], [0.0], [])] == [3, 4, 5, 3, 3]

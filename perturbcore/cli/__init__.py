@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "perturbcore"
-        said = getattr(error, "format_message", error.__str__)()
-        print(f"error: {_one_line(said)}\nSee `{where} --help`.", file=sys.stderr)
+        if said := _one_line(getattr(error, "format_message", error.__str__)()):  # empty where help was shown instead
+            print(f"error: {said}\nSee `{where} --help`.", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)

@@ -163,7 +163,8 @@ def evaluate(
     if as_json:
         print(json.dumps({"scores": json.loads(scores.scores.to_json(orient="records")), "notes": scores.notes}))
         return
-    print("\n".join(scores.notes))
+    for note in scores.notes:
+        print(note)
     print(scores.table().T.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-"))
     for name in scores.models:
         print(f"\n{name}\n  " + "\n  ".join(scores.verdict(name)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from perturbcore.report.folder import Run
-from perturbcore.report.svg import number
+from perturbcore.report.svg import digits_for, number
 from perturbcore.report.words import NAMES, Words
 
 
@@ -31,6 +31,7 @@ def panel(run: Run, metric: str, words: Words) -> dict[str, Any]:
     def at(value: float) -> float:
         return round(3 + 94 * (value - low) / ((high - low) or 1.0), 2)
 
+    digits = digits_for(scores["mean"])
     rows = []
     for score in scores.itertuples():
         start, end = (at(score.ci_low), at(score.ci_high)) if math.isfinite(score.ci_low) else (None, None)
@@ -38,8 +39,8 @@ def panel(run: Run, metric: str, words: Words) -> dict[str, Any]:
             {
                 "name": NAMES.get(score.model, score.model),
                 "tone": run.tone(score.model),
-                "value": number(score.mean),
-                "interval": interval(score.ci_low, score.ci_high),
+                "value": number(score.mean, digits),
+                "interval": interval(score.ci_low, score.ci_high, digits),
                 "at": at(score.mean),
                 "start": start,
                 "width": None if start is None or end is None else round(end - start, 2),
@@ -55,9 +56,9 @@ def panel(run: Run, metric: str, words: Words) -> dict[str, Any]:
     }
 
 
-def interval(low: float, high: float) -> str:
+def interval(low: float, high: float, digits: int = 3) -> str:
     """An interval as the page prints it; empty where there is none."""
-    return f"{number(low)} to {number(high)}" if math.isfinite(low) and math.isfinite(high) else ""
+    return f"{number(low, digits)} to {number(high, digits)}" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def _better(best: float | None, mark: float | None) -> str:
@@ -75,10 +76,11 @@ def table(run: Run) -> dict[str, Any]:
     for metric in dict.fromkeys(run.scores["metric"]):
         scores = {m: run.score(m, metric) for m in models}
         gaps = {m: run.gap(metric, s["mean"]) for m, s in scores.items() if s is not None}
+        digits = digits_for(s["mean"] for s in scores.values() if s is not None)
         cells = [
             {
-                "value": "–" if score is None else number(score["mean"]),
-                "interval": "" if score is None else interval(score["ci_low"], score["ci_high"]),
+                "value": "–" if score is None else number(score["mean"], digits),
+                "interval": "" if score is None else interval(score["ci_low"], score["ci_high"], digits),
                 "best": run.best(metric) is not None and model in gaps and gaps[model] == min(gaps.values()),
             }
             for model, score in scores.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -11,13 +11,16 @@ WIDTH = 360
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number as the page prints it: real minus sign, two significant digits where it is small, a dash for none."""
+    """A number as the page prints it: fixed digits, a real minus sign, a dash where there is none."""
     if not np.isfinite(value):
         return "–"
-    small = 0 < abs(value) < 10 ** (1 - digits)
-    if small and abs(value) < 1e-6:
-        return "≈ 0"
-    return (f"{value:.2g}" if small else f"{value:.{digits}f}").replace("-", "−")
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def digits_for(values: Iterable[float]) -> int:
+    """Digits after the point that tell values of this size apart: 3, more where all are below 0.1."""
+    largest = max((abs(value) for value in values if np.isfinite(value)), default=1.0)
+    return 3 if largest >= 0.1 or largest == 0 else min(2 - int(np.floor(np.log10(largest))), 8)
 
 
 def _svg(height: float, alt: str, body: list[str], kind: str) -> Markup:
