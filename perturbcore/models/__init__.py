@@ -1,0 +1,17 @@
+"""Models and baselines: one protocol (`perturbcore.models.base.Model`), one file each."""
+
+import os
+from pathlib import Path
+
+from perturbcore.models.adapert import AdaPert
+from perturbcore.models.base import Model, read_config
+from perturbcore.models.baselines import BASELINES
+
+MODELS: dict[str, type[Model]] = {"adapert": AdaPert}
+
+__all__ = ["BASELINES", "MODELS", "AdaPert", "Model", "load"]
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Read a fitted model or baseline of any kind; RunError where the folder holds none."""
+    return (MODELS | BASELINES)[read_config(Path(path))["model"]].load(path)

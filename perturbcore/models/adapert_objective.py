@@ -1,0 +1,220 @@
+"""What AdaPert minimises, and what its training stops on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from perturbcore.data import Condition, Screen, Split
+from perturbcore.metrics.de import deg_labels
+from perturbcore.models.adapert_network import Context, Interventions, Ragged, row_of, take
+from perturbcore.models.linear import CommonResponse, Rows, fit_ridge
+
+if TYPE_CHECKING:
+    from perturbcore.models.adapert import AdaPert
+
+
+class AdaPertObjective:
+    """The loss of AdaPert on the training conditions of a split, and its Pearson Δ on the validation conditions."""
+
+    metric = "val_pearson_delta"
+
+    def __init__(self, model: AdaPert, screen: Screen, split: Split, seed: int) -> None:
+        self.model, self.module, self.config, self.seed, self.screen = model, model.network, model.config, seed, screen
+        bulk = screen.pseudobulk(split.train)
+        unique = sorted({c.perturbation for c in split.train})
+        self.interventions, missing = model.interventions(unique)
+        model.notes["training perturbations lacking an input"] = sum(map(bool, missing))
+        self.of_condition = torch.tensor([unique.index(c.perturbation) for c in split.train])
+        self.of = self.of_condition[torch.from_numpy(bulk.condition)]
+        self.condition = torch.from_numpy(bulk.condition)
+        self.control = torch.from_numpy(bulk.control_mean)
+        model.common = CommonResponse.of(screen, split.train)
+        self.common = torch.from_numpy(model.common(bulk.control_mean, bulk.direction))
+        self.linear = torch.from_numpy(self._fit_linear(split)[bulk.condition])
+        self.sign = torch.from_numpy(bulk.direction.astype(np.float32))
+        self.mean = torch.from_numpy(bulk.mean)
+        if self.config.rows == "cells":
+            groups = [screen.cells(split.train[c]) for c in bulk.condition]
+            groups = [rows[screen.batch_code[rows] == b] for rows, b in zip(groups, bulk.batch, strict=True)]
+            self.cells = np.concatenate(groups)
+            self.row = torch.from_numpy(np.repeat(np.arange(len(groups)), [len(rows) for rows in groups]))
+            self.weight = torch.ones(len(self.cells))
+        else:
+            self.row = torch.arange(len(bulk.mean))
+            self.weight = torch.from_numpy((bulk.n_cells / bulk.n_cells.mean()).astype(np.float32))
+        self.num_rows = len(self.row)
+        self._label(split.train)
+        self.unit = 1.0
+        if self.config.response == "delta":
+            residual = self.mean - self.control - self.common
+            self.unit = float(residual.square().mean()) or 1.0
+            self._fit_gains(residual)
+            self.interventions, _ = model.interventions(unique)
+            self._fit_scores()
+        model.notes["reach"] = model.reach
+
+        self.val = list(split.val)
+        if self.val:
+            self.val_control = np.stack([screen.control_mean(c.context) for c in self.val])
+            self.val_delta = screen.deltas(self.val)
+            self.val_sign = np.array([screen.direction[screen.cells(c)[0]] for c in self.val])
+
+    def _fit_linear(self, split: Split) -> np.ndarray:
+        """Fit the linear response; return it for the training conditions, [P, G], each predicted while left out.
+
+        Left out with its perturbation, or with its context where the test perturbations are all known, so that the
+        network learns from linear responses as good as those it will meet.
+        """
+        model, train = self.model, split.train
+        vectors, found = model.vectors([c.perturbation for c in train])
+        context = np.array([c.context for c in train])
+        direction = np.array([self.screen.direction[self.screen.cells(c)[0]] for c in train])
+        control = np.stack([self.screen.control_mean(name) for name in context])
+        residual = self.screen.deltas(train) - model.common(control, direction)
+        known = {c.perturbation for c in split.test} <= {c.perturbation for c in train}
+        apart = [c.context if known and len(set(context)) > 1 else str(c.perturbation) for c in train]
+        left_out = np.unique(apart, return_inverse=True)[1]
+        linear = np.zeros_like(residual)
+        rows = np.flatnonzero(found)
+        model.ridge, linear[rows] = fit_ridge(
+            Rows(vectors, context, direction).at(rows), residual[rows], left_out[rows]
+        )
+        return linear
+
+    def _fit_gains(self, residual: Tensor) -> None:
+        """Start the gains at least squares, as if every candidate were selected with σ(score) = 0.6.
+
+        The outer shells whose genes follow the linear response no more than genes outside them are left out.
+        """
+        p, hops, genes = self.interventions, self.config.hops, self.mean.shape[1]
+        own = torch.zeros(len(p.text), genes, dtype=torch.bool)
+        own[row_of(p.genes), p.genes[1]] = True
+        own = own[self.of]
+        with torch.no_grad():
+            for at, sign, basis in ((0, -1, -self.control), (1, 1, torch.ones_like(self.control))):
+                here = own & (self.sign == sign)[:, None]
+                if here.any():
+                    self.module.own_gene[at] = (residual * basis)[here].sum() / basis[here].square().sum().clamp(
+                        min=1e-9
+                    )
+            gene, row = self.module.node_gene[p.shells[1]], row_of(p.shells)
+            inside = torch.zeros(len(p.text) * hops, genes)
+            inside[row[gene >= 0], gene[gene >= 0]] = 1
+            inside = inside.view(-1, hops, genes)[self.of]  # [R, K, G]
+            parts = self.linear[:, None] * torch.cat([1 - inside.sum(1, keepdim=True), inside], 1) * ~own[:, None]
+            gram = torch.einsum("rag,rbg->ab", parts, parts) + 1e-6 * torch.eye(1 + hops)
+            gain = torch.linalg.solve(gram, torch.einsum("rag,rg->a", parts, residual))
+            self.module.gain[0] = gain[0]
+            self.module.gain[1:] = (gain[1:] - gain[0]) / 0.6
+        while self.model.reach > 1 and gain[self.model.reach] <= gain[0]:
+            self.model.reach -= 1
+
+    def _fit_scores(self) -> None:
+        """Scale and shift the initial scores, shell by shell, to the log odds that a candidate responds.
+
+        Logistic regression on the measured candidates of the training perturbations, five steps of Newton's method.
+        """
+        module, p, hops = self.module, self.interventions, self.config.hops
+        module.eval()
+        with torch.no_grad():
+            score = module.select(module.encode(), p).score.double()
+            gene, row = module.node_gene[p.shells[1]], row_of(p.shells)
+            measured = gene >= 0
+            respond = torch.zeros(len(p.text), self.mean.shape[1], dtype=torch.bool)
+            respond[self.of_condition[row_of(self.deg)], self.deg[1]] = True  # in any context
+            if not measured.any():
+                return
+            shell = torch.nn.functional.one_hot(row[measured] % hops, hops).double()
+            x = torch.cat([score[measured][:, None], shell], 1)
+            y = respond[row[measured] // hops, gene[measured]].double()
+            coefficient = torch.zeros(1 + hops, dtype=torch.float64)
+            for _ in range(5):
+                odds = torch.sigmoid(x @ coefficient)
+                hessian = (x * (odds * (1 - odds))[:, None]).T @ x + torch.eye(1 + hops)
+                coefficient += torch.linalg.solve(hessian, x.T @ (y - odds) - coefficient)
+            module.scale_scores(max(float(coefficient[0]), 0.0), coefficient[1:].float())
+
+    def _label(self, train: Sequence[Condition]) -> None:
+        """Label the differentially expressed genes; spread of the other effects, and |Δ| of labelled genes on the graph."""
+        labels = deg_labels(self.screen, train, self.config.fdr, self.config.min_abs_lfc)
+        delta = torch.from_numpy(self.screen.deltas(train))
+        self.deg: Ragged = (torch.from_numpy(labels.ptr), torch.from_numpy(labels.idx))
+        responds = torch.zeros(delta.shape, dtype=torch.bool)
+        responds[row_of(self.deg), self.deg[1]] = True
+        silent = torch.where(responds, torch.nan, delta)
+        overall = silent.square().nanmean().sqrt().nan_to_num(1.0)
+        self.spread = silent.square().nanmean(0).sqrt().nan_to_num(float(overall)).clamp(min=0.1 * float(overall))
+        node = self.module.gene_node[self.deg[1]]
+        size = delta[row_of(self.deg), self.deg[1]].abs()
+        on_graph = node >= 0
+        count = torch.bincount(row_of(self.deg)[on_graph], minlength=len(delta))
+        ptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        self.deg_node: Ragged = (ptr, node[on_graph])
+        self.deg_size: Ragged = (ptr, size[on_graph])
+
+    def losses(self, rows: Tensor, step: int, progress: float) -> dict[str, Tensor]:
+        """Reconstruction, non-response and alignment of a batch of rows."""
+        config, row = self.config, self.row[rows]
+        tau = config.tau_first * (config.tau_last / config.tau_first) ** progress
+        unique, of = torch.unique(self.of[row], return_inverse=True)
+        p = self.interventions.rows(unique)
+        h = self.module.encode()
+        context = self.module.select(h, p, tau, seed=self.seed * 1_000_003 + step)
+        control = self.control[row]
+        delta = self.module.decode(
+            p, context, of, control=control, sign=self.sign[row], common=self.common[row], linear=self.linear[row]
+        )
+        target = torch.from_numpy(self.screen.dense(self.cells[rows])) if config.rows == "cells" else self.mean[row]
+        weight = self.weight[rows][:, None]
+        recon = (weight * (control + delta - target).square()).mean() / self.unit
+
+        silent = torch.ones_like(delta)
+        labelled = take(self.deg, self.condition[row])
+        silent[row_of(labelled), labelled[1]] = 0
+        size = delta.abs()
+        huber = torch.where(size <= self.spread, size.square() / 2, self.spread * (size - self.spread / 2))
+        non_deg = (weight * silent * huber).sum() / (weight * silent).sum().clamp(min=1) / self.unit
+
+        align = self._misalignment(h.detach(), p, context, of, self.condition[row])
+        loss = recon + config.non_deg * non_deg + config.align * align
+        return {"loss": loss, "recon": recon, "non_deg": non_deg, "align": align}
+
+    def _misalignment(self, h: Tensor, p: Interventions, context: Context, of: Tensor, condition: Tensor) -> Tensor:
+        """2 − 2 cos between what was selected and what responds, over the rows where anything does.
+
+        In the paper both are sums of node states; by default both are taken in the coordinates of the nodes, where
+        what all node states have in common does not count.
+        """
+        labelled, size = take(self.deg_node, condition), take(self.deg_size, condition)
+        row, weight = row_of(labelled), size[1]
+        if self.config.response == "profile":
+            found = context.pooled[of]
+            target = torch.zeros_like(found).index_add(0, row, weight[:, None] * h[labelled[1]])
+        else:
+            found = self.module.share(p, context).sum(1)[of]
+            target = torch.zeros_like(found)
+            target[row, self.module.node_gene[labelled[1]]] = weight
+        some = labelled[0].diff() > 0
+        if not some.any():
+            return h.new_zeros(())
+        return (2 - 2 * cosine_similarity(found[some], target[some])).mean()
+
+    def validate(self) -> float | None:
+        """Mean Pearson Δ over the validation conditions."""
+        if not self.val:
+            return None
+        predicted = self.model._shift(self.val, self.val_control, self.val_sign).delta
+        return float(np.mean([_pearson(a, b) for a, b in zip(predicted, self.val_delta, strict=True)]))
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(dtype=np.float64), b - b.mean(dtype=np.float64)
+    norm = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / norm if norm > 0 else 0.0

@@ -1,0 +1,382 @@
+"""What every model shares: its configuration and knowledge, `fit`, `predict`, `save` and `load`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from perturbcore.data import (
+    Condition,
+    DataError,
+    GeneEmbedding,
+    KnowledgeGraph,
+    MissingInput,
+    Perturbation,
+    Screen,
+    Split,
+    predictions,
+    shift_cells,
+)
+from perturbcore.data.errors import listed, suggest
+from perturbcore.training import METRICS, RunError, load_tensors, save_tensors, write_atomic
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from typing_extensions import Self
+
+MAX_CELLS = 256  # cells predicted for a condition, unless the caller asks for another number
+
+
+class Shift(NamedTuple):
+    """Predicted mean responses, one row per condition asked for."""
+
+    delta: np.ndarray  # float32 [P, G]
+    fallback: list[str]  # [P], what a missing input was replaced by; "" where nothing was missing
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a fitted model remembers of the screen it was fitted on."""
+
+    genes: tuple[str, ...]
+    scale: str
+    direction: dict[str, int]  # context -> direction of most of its perturbations
+    seed: int
+    data: str  # fingerprint of the screen
+    split: str  # hash of the split
+
+
+class Model(ABC):
+    """A predictor of the mean response to a perturbation.
+
+    Args:
+        graph: knowledge graph over genes; whether it is needed depends on the model.
+        embedding: a vector per gene; whether it is needed depends on the model.
+        preset: "default" is the method as it ought to be, "paper" what its authors ran.
+        **overrides: fields of the model's `Config`.
+
+    Raises:
+        ValueError: an unknown preset or field, or a value of the wrong kind.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "paper": {}}
+
+    def __init__(
+        self,
+        *,
+        graph: KnowledgeGraph | None = None,
+        embedding: GeneEmbedding | None = None,
+        preset: str = "default",
+        **overrides: Any,
+    ) -> None:
+        if preset not in self.presets:
+            raise ValueError(f"{self.name} has no preset {preset!r}; choose {' or '.join(self.presets)}")
+        fields = [field.name for field in dataclasses.fields(self.Config)]
+        for field in overrides:
+            if field not in fields:
+                raise ValueError(
+                    f"{self.name} has no option {field!r}.{suggest(field, fields)} It has {listed(fields)}."
+                )
+        self.graph, self.embedding, self.preset = graph, embedding, preset
+        try:
+            self.config = TypeAdapter(self.Config).validate_python({**self.presets[preset], **overrides})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{self.name}.{where} = {first['input']!r}: {first['msg']}") from error
+        self.training: Training | None = None
+        self.notes: dict[str, Any] = {}  # for the manifest: what was scaled down, what was missing
+
+    @abstractmethod
+    def _learn(
+        self, screen: Screen, split: Split, *, seed: int, run_dir: Path | None, resume: bool, progress: bool
+    ) -> None:
+        """Fit to the training part of a split; what is to be kept goes into `_tensors` and `_state`."""
+
+    @abstractmethod
+    def _shift(self, conditions: Sequence[Condition], control: np.ndarray, direction: np.ndarray) -> Shift:
+        """Predict the response of each condition, given the mean control profile [P, G] and the direction [P] of each."""
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return what was learned."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """Return what else `_restore` needs, as JSON values."""
+
+    @abstractmethod
+    def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Take back what `_tensors` and `_state` gave."""
+
+    def fit(
+        self,
+        screen: Screen,
+        split: Split,
+        *,
+        seed: int = 0,
+        run_dir: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        progress: bool = True,
+    ) -> Self:
+        """Learn from the training part of a split; its validation part only chooses, its test part is not looked at.
+
+        Args:
+            screen: log1p expression, as `perturbcore.prepare` makes it.
+            split: which conditions train, validate and test.
+            seed: everything random follows from it.
+            run_dir: folder for the metrics, the checkpoint and the fitted model; None writes nothing.
+            resume: go on with the interrupted run in `run_dir`.
+            progress: report on stderr.
+
+        Raises:
+            MissingInput: the model needs a graph or an embedding and has none.
+            DataError: the screen still holds counts, or the split has no training conditions.
+            RunError: `run_dir` already holds a run, or one with another configuration.
+        """
+        if screen.scale.kind != "log1p":
+            raise DataError(
+                f"{self.name} learns from log1p expression, and this screen is {screen.scale}: prepare it first"
+            )
+        if not split.train:
+            raise DataError(f"split {split.name!r} has no training conditions")
+        folder = None if run_dir is None else Path(run_dir)
+        if folder is not None and not resume and any((folder / name).exists() for name in ("config.json", METRICS)):
+            raise RunError(f"{folder} already holds a run: choose another folder, or resume it")
+        self.training = Training(
+            genes=tuple(screen.genes.tolist()),
+            scale=str(screen.scale),
+            direction=_directions(screen, split.train),
+            seed=seed,
+            data=screen.fingerprint,
+            split=split.hash,
+        )
+        self.notes = {}
+        self._learn(screen, split, seed=seed, run_dir=folder, resume=resume, progress=progress)
+        if folder is not None:
+            self.save(folder)
+        return self
+
+    def predict(
+        self,
+        cells: Screen,
+        perturbations: Sequence[str | Perturbation | Condition],
+        n_cells: int | None = None,
+        *,
+        seed: int = 0,
+    ) -> AnnData:
+        """Predict cells: sampled control cells, moved so that their mean is the control mean plus the predicted response.
+
+        Args:
+            cells: holds the control cells of every context asked for, on the scale and genes of the training screen.
+            perturbations: what to predict; one given without a context is predicted in every context with controls.
+            n_cells: cells per condition; by default as many as `cells` has of that condition, else as there are
+                controls, and at most 256. Control cells are drawn from the batches of the condition's own cells.
+            seed: the sample of each condition follows from it and from the condition's name alone.
+
+        Returns:
+            Expression [cells, G] on the scale of `cells`; `obs["fallback"]` names what a missing input was replaced by.
+
+        Raises:
+            DataError: a context without controls, another scale, or missing genes.
+            MissingInput: something is missing and the configuration is strict.
+        """
+        if self.training is None:
+            raise RuntimeError(f"{self.name} is not fitted: call fit, or load a fitted model")
+        cells = self._checked(cells)
+        conditions = self._conditions(cells, perturbations)
+        mean = {context: cells.control_mean(context) for context in sorted({c.context for c in conditions})}
+        direction = np.array([self._direction(cells, c) for c in conditions], np.int8)
+        shift = self._shift(conditions, np.stack([mean[c.context] for c in conditions]), direction)
+        missing = {str(c.perturbation): why for c, why in zip(conditions, shift.fallback, strict=True) if why}
+        if missing:
+            message = "; ".join(f"{label}: {why}" for label, why in missing.items())
+            if self.config.strict:
+                raise MissingInput(f"{self.name} lacks inputs for {len(missing)} perturbations ({message})")
+            print(
+                f"{self.name}: {len(missing)} of {len(set(c.perturbation for c in conditions))} perturbations "
+                f"lack an input: {message}",
+                file=sys.stderr,
+            )
+        blocks, fallback = [], []
+        for condition, delta, why in zip(conditions, shift.delta, shift.fallback, strict=True):
+            sample = cells.dense(_sample_controls(cells, condition, n_cells, seed))
+            drawn = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
+            blocks.append((condition, shift_cells(sample, drawn, mean[condition.context] + delta - drawn)))
+            fallback += [why] * len(sample)
+        adata = predictions(cells, blocks, model=self.name, extra_uns={"fallback": missing, "seed": seed})
+        adata.obs["fallback"] = fallback
+        return adata
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `model.safetensors`, `knowledge.safetensors`, `config.json` and `manifest.json` into a folder."""
+        if self.training is None:
+            raise RuntimeError(f"{self.name} is not fitted, so there is nothing to save")
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / "model.safetensors", self._tensors(), {"model": self.name})
+        save_tensors(folder / "knowledge.safetensors", *_knowledge(self.graph, self.embedding))
+        config = {
+            "model": self.name,
+            "preset": self.preset,
+            "config": dataclasses.asdict(self.config),
+            "training": dataclasses.asdict(self.training),
+            "state": self._state(),
+        }
+        manifest = {
+            "model": self.name,
+            "preset": self.preset,
+            "seed": self.training.seed,
+            "data": self.training.data,
+            "split": self.training.split,
+            "graph": None if self.graph is None else self.graph.name,
+            "embedding": None if self.embedding is None else self.embedding.name,
+            **self.notes,
+            "versions": {name: version(name) for name in ("perturbcore", "torch", "numpy", "scipy", "numba", "anndata")}
+            | {"python": platform.python_version()},
+        }
+        for name, content in (("config.json", config), ("manifest.json", manifest)):
+            write_atomic(folder / name, (json.dumps(content, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a model written by `save`; RunError where the folder holds none of this kind."""
+        folder = Path(path)
+        config = read_config(folder)
+        if config["model"] != cls.name:
+            raise RunError(f"{folder} holds a fitted {config['model']}, not {cls.name}")
+        graph, embedding = _as_knowledge(*load_tensors(folder / "knowledge.safetensors"))
+        model = cls(graph=graph, embedding=embedding, preset=config["preset"], **config["config"])
+        training = config["training"]
+        model.training = Training(**{**training, "genes": tuple(training["genes"])})
+        model._restore(load_tensors(folder / "model.safetensors")[0], config["state"])
+        return model
+
+    def _checked(self, cells: Screen) -> Screen:
+        assert self.training is not None
+        if str(cells.scale) != self.training.scale:
+            raise DataError(f"{self.name} was fitted on {self.training.scale}, and these cells are {cells.scale}")
+        return cells if tuple(cells.genes.tolist()) == self.training.genes else cells.select_genes(self.training.genes)
+
+    def _conditions(self, cells: Screen, asked: Sequence[str | Perturbation | Condition]) -> list[Condition]:
+        """Resolve what was asked for into conditions, in the order asked, each once."""
+        known = {*cells.genes.tolist(), *(g for p in cells.perturbations for g in p.genes)}
+        known |= set() if self.graph is None else set(self.graph.nodes.tolist())
+        with_controls = [context for context in cells.contexts if len(cells.controls(context))]
+        found: dict[Condition, None] = {}
+        for item in asked:
+            context: str | None = None
+            if isinstance(item, Condition):
+                context, perturbation = item
+            elif isinstance(item, Perturbation):
+                perturbation = item
+            else:
+                context, separator, label = item.rpartition("::")
+                context = context if separator else None
+                perturbation = Perturbation.parse(label, control=cells.control_label, known=known)
+            if perturbation.is_control:
+                raise DataError("the control is not a perturbation: its cells are already there")
+            if context is not None and context not in with_controls:
+                raise DataError(f"context {context!r} has no control cells here; there are {listed(with_controls)}")
+            found |= dict.fromkeys(Condition(c, perturbation) for c in ([context] if context else with_controls))
+        if not found:
+            raise DataError("nothing to predict: give at least one perturbation")
+        return list(found)
+
+    def _direction(self, cells: Screen, condition: Condition) -> int:
+        """Return +1 or -1: as measured in `cells`, else as most perturbations of that context, else of the training."""
+        if condition in cells.conditions:
+            return int(cells.direction[cells.cells(condition)[0]])
+        assert self.training is not None
+        here = _directions(cells, [c for c in cells.conditions if c.context == condition.context])
+        seen = here or self.training.direction
+        return seen.get(condition.context) or (1 if sum(seen.values()) > 0 else -1)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the `config.json` of a fitted model; RunError where there is none."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"{folder} holds no fitted model: {error}") from error
+
+
+def _directions(screen: Screen, conditions: Sequence[Condition]) -> dict[str, int]:
+    votes: dict[str, int] = {}
+    for condition in conditions:
+        votes[condition.context] = votes.get(condition.context, 0) + int(screen.direction[screen.cells(condition)[0]])
+    return {context: 1 if vote > 0 else -1 for context, vote in votes.items()}
+
+
+def _sample_controls(cells: Screen, condition: Condition, n_cells: int | None, seed: int) -> np.ndarray:
+    """Draw control rows, each from the batch of one of the condition's own cells where there are any."""
+    controls = cells.controls(condition.context)
+    own = cells.cells(condition) if condition in cells.conditions else controls
+    count = min(len(own), MAX_CELLS) if n_cells is None else n_cells
+    if count < 1:
+        raise DataError(f"n_cells is {count}: ask for at least one cell")
+    random = np.random.default_rng([seed, zlib.crc32(str(condition).encode())])
+    batches = cells.batch_code[_draw(own, count, random)]
+    chosen = []
+    for batch in np.unique(batches):
+        pool = controls[cells.batch_code[controls] == batch]
+        chosen.append(_draw(pool if len(pool) else controls, int((batches == batch).sum()), random))
+    return np.concatenate(chosen)
+
+
+def _draw(rows: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """Draw rows, each as often as any other but once."""
+    whole, rest = divmod(count, len(rows))
+    return np.concatenate([np.tile(rows, whole), np.sort(random.choice(rows, rest, replace=False))])
+
+
+def _knowledge(
+    graph: KnowledgeGraph | None, embedding: GeneEmbedding | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[str, Any] = {}
+    if graph is not None:
+        arrays = {"src": graph.src, "dst": graph.dst, "weight": graph.weight, "sign": graph.sign}
+        tensors |= {f"graph.{k}": torch.from_numpy(v) for k, v in arrays.items() if v is not None}
+        names["graph"] = {"name": graph.name, "nodes": graph.nodes.tolist(), "directed": graph.directed}
+    if embedding is not None:
+        tensors["embedding.vectors"] = torch.from_numpy(embedding.vectors)
+        names["embedding"] = {"name": embedding.name, "genes": embedding.genes.tolist()}
+    return tensors, names
+
+
+def _as_knowledge(
+    tensors: dict[str, torch.Tensor], names: dict[str, Any]
+) -> tuple[KnowledgeGraph | None, GeneEmbedding | None]:
+    array = {name: tensor.numpy() for name, tensor in tensors.items()}
+    graph = embedding = None
+    if "graph" in names:
+        nodes = np.array(names["graph"]["nodes"], dtype=str)
+        graph = KnowledgeGraph(
+            names["graph"]["name"],
+            nodes,
+            array["graph.src"],
+            array["graph.dst"],
+            weight=array.get("graph.weight"),
+            sign=array.get("graph.sign"),
+            directed=names["graph"]["directed"],
+        )
+    if "embedding" in names:
+        embedding = GeneEmbedding(names["embedding"]["name"], names["embedding"]["genes"], array["embedding.vectors"])
+    return graph, embedding
