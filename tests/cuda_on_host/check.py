@@ -1,4 +1,4 @@
-"""Run the kernels of a library built on the host shim, in memory watched by AddressSanitizer; exit 0 if all is right."""
+"""Run the kernels of a library built on the host shim, in memory that AddressSanitizer watches; exit 0 if right."""
 
 import ctypes
 import itertools
