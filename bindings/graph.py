@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from perturbcore.bindings import backend
@@ -47,6 +47,14 @@ def spmm(graph: Graph, x: Tensor, weight: Tensor | None = None, reduce: Literal[
     return y if batched else y[0]
 
 
+@overload
+def gatv2(
+    graph: Graph, u: Tensor, v: Tensor, att: Tensor, negative_slope: float = ..., return_attention: Literal[False] = ...
+) -> Tensor: ...
+@overload
+def gatv2(
+    graph: Graph, u: Tensor, v: Tensor, att: Tensor, negative_slope: float = ..., *, return_attention: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def gatv2(
     graph: Graph, u: Tensor, v: Tensor, att: Tensor, negative_slope: float = 0.2, return_attention: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

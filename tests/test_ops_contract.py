@@ -276,7 +276,7 @@ REFUSALS = [
     (ops.gated_pool, POOL, {"seed": 2**63}, r"seed is 9223372036854775808; expected an integer of 64 bits"),
     (ops.gated_pool, POOL, {"pool": "max"}, r"pool is 'max'"),
     (ops.gated_pool, POOL, {"candidates": CANDIDATES}, r"candidates\[0\] has shape \[4\]; expected \[3\]"),
-    (ops.gated_pool, POOL, {"candidates": lists([0, 1, 2], [0, 5])}, r"candidates\[1\] holds the index 5; expected 0 to 4"),
+    (ops.gated_pool, POOL, {"candidates": lists([0, 1, 2], [0, 5])}, r"candidates\[1\] holds the index 5"),
     (ops.gated_pool, POOL, {"candidates": lists([0, 3, 2], [0, 1])}, r"candidates\[0\] does not rise from 0 to 2"),
     (ops.gated_pool, POOL, {"candidates": lists([0.0, 1, 2], [0, 1])}, r"candidates\[0\] is a torch.float32"),
 ]  # fmt: skip

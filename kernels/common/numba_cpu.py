@@ -19,23 +19,26 @@ from torch import Tensor
 # sums may be reordered and contracted, which is what lets a loop vectorise; NaN and infinity keep their meaning
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 LINE = 64  # bytes of a cache line
-# only the loops written with prange are parallel; not looking for others halves the time it takes to compile
-PRANGE = dict.fromkeys(("comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil"), False)
+# only the loops written with prange are parallel; not looking for others shortens compilation
+OTHERS = ("comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil")
+COMPILE: dict[str, Any] = {"fastmath": FASTMATH, "error_model": "numpy", "cache": True}
+PARALLEL: dict[str, Any] = COMPILE | {"parallel": {"prange": True} | dict.fromkeys(OTHERS, False)}
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a parallel kernel for the types of its first call; its arrays must be C-contiguous."""
-    return njit(parallel=PRANGE | {"prange": True}, fastmath=FASTMATH, error_model="numpy", cache=True)(function)
+    return njit(**PARALLEL)(function)
 
 
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a part of a kernel."""
-    return njit(fastmath=FASTMATH, error_model="numpy", cache=True)(function)
+    return njit(**COMPILE)(function)
 
 
 def run(kernel: Callable[..., None], *arguments: Any) -> None:
     """Call a kernel on as many threads as PyTorch uses; tensors are handed over contiguous, results must be so."""
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), most)))
     kernel(*(a.detach().contiguous().numpy() if isinstance(a, Tensor) else a for a in arguments))
 
 

@@ -295,7 +295,7 @@ def gated_pool_backward(
     grad_gate: Tensor | None,
     grad_score: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``reference.gated_pool_backward``; needs one array, or two, of the size of the score, and PARTS of that of q."""
+    """See ``reference.gated_pool_backward``; needs up to two arrays of the size of the score, PARTS of that of q."""
     _check(a, q, w, h, ptr, idx)
     pairs = (q.shape[0], a.shape[0]) if idx is None else tuple(idx.shape)
     for name, tensor in (("gate", gate), ("score", score), ("grad_gate", grad_gate), ("grad_score", grad_score)):
