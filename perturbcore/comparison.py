@@ -261,13 +261,13 @@ def _run_model(
     if folder is not None and hasattr(model, "subgraph"):
         selected = model.subgraph(sorted({c.perturbation for c in split.test}))
         write_atomic(folder / "subgraph.csv", selected.to_csv(index=False).encode())
-        edges = _outward_edges(selected, model.graph)
+        edges = outward_edges(selected, model.graph)
         write_atomic(folder / "subgraph_edges.csv", edges.to_csv(index=False).encode())
     return card, predicted
 
 
-def _outward_edges(selected: pd.DataFrame, graph: KnowledgeGraph | None) -> pd.DataFrame:
-    """The edges, between selected genes, that lead one step further from the perturbed gene."""
+def outward_edges(selected: pd.DataFrame, graph: KnowledgeGraph | None) -> pd.DataFrame:
+    """Return the edges between selected genes that lead one step further from what is perturbed, as a table."""
     rows: list[pd.DataFrame] = []
     if graph is not None:
         for label, nodes in selected.groupby("perturbation", sort=False):

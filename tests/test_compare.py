@@ -10,7 +10,7 @@ import pytest
 from simulated import Files, write_files
 
 import perturbcore as pc
-from perturbcore.comparison import OutputExists, claim
+from perturbcore.comparison import OutputExists, claim, outward_edges
 from perturbcore.data import DataError, MissingInput
 from perturbcore.metrics import Scores
 from perturbcore.models import BASELINES
@@ -101,6 +101,17 @@ def test_deltas_are_measured_minus_control(finished: tuple[Path, Scores], files:
         np.testing.assert_allclose(arrays["real"], prepared.deltas(scores.conditions), atol=1e-6)
         np.testing.assert_allclose(arrays["pred_control_mean"], 0, atol=1e-6)
         assert arrays["pred_adapert"].shape == arrays["real"].shape
+        assert arrays["perturbation"].tolist() == [str(c.perturbation) for c in scores.conditions]
+        assert arrays["gene"].tolist() == prepared.genes.tolist()
+
+
+def test_edges_of_the_subgraph_lead_one_step_outward() -> None:
+    graph = pc.KnowledgeGraph("g", list("ABCDE"), [0, 1, 2, 1, 3, 2], [1, 2, 1, 0, 0, 4])
+    selected = pd.DataFrame({"perturbation": "A", "gene": list("ABCD"), "hops": [0, 1, 2, 1]})
+    edges = outward_edges(selected, graph)
+    assert sorted(zip(edges["source"], edges["target"], strict=True)) == [("A", "B"), ("A", "D"), ("B", "C")]
+    assert set(edges["perturbation"]) == {"A"}
+    assert outward_edges(selected, None).empty
 
 
 def test_report_is_drawn_again_from_the_files_alone(finished: tuple[Path, Scores]) -> None:

@@ -182,6 +182,16 @@ def test_summary_says_when_every_baseline_is_beaten(run: Path) -> None:
     assert "On Pearson Δ, AdaPert beats every baseline." in Page(render(Run.read(run))).text
 
 
+def test_an_undecided_difference_is_not_a_win(run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    for pair in manifest["paired"]:
+        pair |= {"difference": 0.05, "ci_low": -0.01, "ci_high": 0.11}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    text = Page(render(Run.read(run))).text
+    assert "On Pearson Δ, AdaPert does not beat ridge or the perturbation mean." in text
+    assert "Ridge undecided +0.050" in text
+
+
 def test_leaderboard_ranks_by_the_best_value_of_each_metric(run: Path) -> None:
     text = render(Run.read(run))
     order = {
@@ -202,7 +212,14 @@ def test_labels_from_the_data_are_escaped_and_kept(run: Path) -> None:
     text = render(Run.read(run))
     assert "<b>odd</b>" not in text
     assert "&lt;b&gt;odd&lt;/b&gt;" in text
-    assert '<span class="who">NA</span>' in text, "a gene called NA is not a missing value"
+    row = text.split('<span class="who">NA</span>')[1].split("</summary>")[0]
+    assert re.findall(r">([\d.–]+)</span>", row) == ["0.61", "0.74"], "a gene called NA is not a missing value"
+
+
+def test_perturbations_come_by_falling_effect(run: Path) -> None:
+    part = render(Run.read(run)).split('<section id="perturbations">')[1].split("</section>")[0]
+    order = np.argsort(-np.linalg.norm(Run.read(run).deltas.real, axis=1))
+    assert re.findall(r'<span class="who">([^<]+)</span>', part) == [PERTURBATIONS[i] for i in order]
 
 
 def test_training_curve_marks_the_epoch_that_was_kept(run: Path) -> None:
@@ -269,6 +286,8 @@ def test_scatter_of_many_genes_stays_small_and_names_the_strongest() -> None:
     drawing = scatter(real, 0.5 * real, [f"G{i}" for i in range(20_000)], tone="m0", alt="x")
     assert len(drawing) < 60_000
     assert ">G7</text>" in drawing
+    # half the frame's 318 is 159: the measured 3.0 lies at 1/1.06 of it right of the middle, the predicted 1.5 halfway
+    assert f'cx="{34 + 159 + 159 / 1.06:.1f}" cy="{8 + 159 - 79.5 / 1.06:.1f}"' in drawing
 
 
 def test_drawings_survive_empty_constant_and_missing_values() -> None:
