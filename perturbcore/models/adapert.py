@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -165,14 +167,14 @@ class AdaPert(Model):
             self._text_mean = text[has_text].mean(axis=0)
             self._text_scale = float(np.sqrt(((text[has_text] - self._text_mean) ** 2).mean())) or 1.0
             text = np.where(has_text[:, None], (text - self._text_mean) / self._text_scale, 0)
-        self.reach = config.hops
+        self.open_shells = [True] * (2 * config.hops)
         self.vectors = GeneVectors(self.embedding, self.graph)
         loop = np.arange(len(nodes))
         sizes = Sizes(
             nodes=len(nodes),
             genes=len(genes),
             text=text.shape[1] if self.embedding is not None else 0,
-            hops=config.hops,
+            shells=2 * config.hops,
             width=config.width,
             heads=config.heads,
             channels=config.channels,
@@ -214,17 +216,10 @@ class AdaPert(Model):
         found = np.bincount(row[has_text], minlength=len(perturbations))
         total = np.zeros((len(perturbations), text.shape[1]), np.float32)
         np.add.at(total, row[has_text], (text[has_text] - self._text_mean) / self._text_scale)
-        reach = [min(hops, self.reach) for hops in range(self.config.hops + 1)]
-        balls = [self._whole.balls([p.genes for p in perturbations], hops) for hops in reach]
-        here = self._cut.index(self._whole.nodes)  # node of the whole graph -> node of the network, or -1
-        shells = []
-        for p in range(len(perturbations)):
-            inside = [idx[start:end] for (_, idx), start, end in ((b, b[0][p], b[0][p + 1]) for b in balls)]
-            rings = (here[np.setdiff1d(far, near)] for near, far in zip(inside[:-1], inside[1:], strict=True))
-            shells += [ring[ring >= 0] for ring in rings]
+        shells = self._shells(perturbations)
         missing = []
         nodes, measured = self._cut.index(names), np.array([self._genes.get(gene, -1) for gene in names])
-        for start, end in zip(ptr[:-1], ptr[1:], strict=True):
+        for start, end in pairwise(ptr):
             lacks = [f"{g} has no text" for g, ok in zip(names[start:end], has_text[start:end], strict=True) if not ok]
             lacks *= self.embedding is not None
             lacks += [
@@ -238,6 +233,24 @@ class AdaPert(Model):
             own=_ragged([nodes[row == i] for i in range(len(perturbations))]),
             shells=_ragged(shells),
         ), missing
+
+    def _shells(self, perturbations: Sequence[Perturbation]) -> list[np.ndarray]:
+        """Return the nodes at each distance from each perturbation, those downstream apart from the others."""
+        genes, whole = [p.genes for p in perturbations], self._whole
+        here = self._cut.index(whole.nodes)  # node of the whole graph -> node of the network, or -1
+        balls = [whole.balls(genes, hops) for hops in range(self.config.hops + 1)]
+        down = sp.csr_matrix((np.ones(whole.num_edges, bool), (whole.src, whole.dst)), shape=(whole.num_nodes,) * 2)
+        shells: list[np.ndarray] = []
+        for i in range(len(perturbations)):
+            inside = [idx[ptr[i] : ptr[i + 1]] for ptr, idx in balls]
+            reached = inside[0]
+            for near, far in pairwise(inside):
+                reached = np.union1d(reached, down[reached].indices)
+                ring = np.setdiff1d(far, near)
+                for part in (np.intersect1d(ring, reached), np.setdiff1d(ring, reached)):
+                    nodes = here[part] if self.open_shells[len(shells) % len(self.open_shells)] else part[:0]
+                    shells.append(nodes[nodes >= 0])
+        return shells
 
     def _text(self, genes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.embedding is None:
@@ -274,10 +287,10 @@ class AdaPert(Model):
         self.network.eval()
         with torch.no_grad():
             context = self.network.select(self.network.encode(), interventions)
-        hops = self.config.hops
+        shells = 2 * self.config.hops
         own, shell = row_of(interventions.own), row_of(interventions.shells)
         open_ = context.gate > 0
-        row = torch.cat([own, shell[open_] // hops]).numpy()
+        row = torch.cat([own, shell[open_] // shells]).numpy()
         score = torch.cat([torch.ones(len(own)), context.score[open_].sigmoid()]).numpy()
         table = pd.DataFrame(
             {
@@ -285,7 +298,7 @@ class AdaPert(Model):
                 "gene": self._cut.nodes[torch.cat([interventions.own[1], interventions.shells[1][open_]]).numpy()],
                 "score": score,
                 "weight": score / np.bincount(row, score, minlength=len(asked))[row],
-                "hops": torch.cat([torch.zeros_like(own), shell[open_] % hops + 1]).numpy(),
+                "hops": torch.cat([torch.zeros_like(own), shell[open_] % shells // 2 + 1]).numpy(),
             }
         )
         return table.sort_values(["perturbation", "weight"], ascending=[True, False], kind="stable", ignore_index=True)
@@ -302,7 +315,7 @@ class AdaPert(Model):
         ridge = {name: getattr(self.ridge, name) for name in kept}
         return {
             "nodes": self._cut.nodes.tolist(),
-            "reach": self.reach,
+            "open_shells": self.open_shells,
             "ridge": ridge,
             "context": self.ridge.rows.context.tolist(),
         }
@@ -310,7 +323,7 @@ class AdaPert(Model):
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         assert self.training is not None
         self._build(state["nodes"], list(self.training.genes), self.training.seed)
-        self.reach = state["reach"]
+        self.open_shells = state["open_shells"]
         part = {
             name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
             for name in ("common.", "ridge.", "network.")

@@ -35,12 +35,12 @@ class Interventions(NamedTuple):
     has_text: Tensor  # bool [B]
     genes: Ragged  # the measured genes among those perturbed, B rows
     own: Ragged  # the nodes perturbed, B rows; empty where the graph has none of them
-    shells: Ragged  # the nodes at distance 1 .. K of them, B·K rows, shell by shell
+    shells: Ragged  # candidates by distance and side, B·K rows
 
     def rows(self, index: Tensor) -> Interventions:
         """Return the interventions at `index`."""
-        hops = (len(self.shells[0]) - 1) // len(self.text)
-        shells = (index[:, None] * hops + torch.arange(hops, device=index.device)).reshape(-1)
+        per = (len(self.shells[0]) - 1) // len(self.text)
+        shells = (index[:, None] * per + torch.arange(per, device=index.device)).reshape(-1)
         return Interventions(
             self.text[index],
             self.has_text[index],
@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
     nodes: int
     genes: int
     text: int  # 0 without an embedding
-    hops: int
+    shells: int  # two per hop: downstream of what is perturbed, and not
     width: int
     heads: int
     channels: int  # per head
@@ -147,7 +147,7 @@ class AdaPertNetwork(nn.Module):
 
         self.score_node = nn.Linear(d, k, bias=False)  # U, on node states
         self.score_text = nn.Linear(d, k)  # V, on the text of what is perturbed
-        self.score_shell = nn.Parameter(torch.zeros(sizes.hops, k))  # nearer shells may answer more readily
+        self.score_shell = nn.Parameter(torch.zeros(sizes.shells, k))  # nearer shells may answer more readily
         self.score_weight = nn.Parameter(torch.randn(k) / k**0.5)  # w
         if response == "delta":
             self.score_node_text = nn.Linear(d, k, bias=False)
@@ -175,7 +175,7 @@ class AdaPertNetwork(nn.Module):
             nn.init.zeros_(self.decoder[-1].weight)
             nn.init.zeros_(self.decoder[-1].bias)
             self.gain = nn.Parameter(
-                torch.zeros(1 + sizes.hops)
+                torch.zeros(1 + sizes.shells)
             )  # of the linear response: of any gene, of a selected one
             self.own_gene = nn.Parameter(torch.zeros(2))  # knock-out: share of its expression; activation: log1p units
 
@@ -246,14 +246,14 @@ class AdaPertNetwork(nn.Module):
             weighted=self.weighted,
             pool="sum",
         )
-        hops = self.sizes.hops
-        size = torch.zeros_like(query[:, 0]).index_add(0, row_of(p.shells), gate).view(-1, hops).sum(1) + count
-        pooled = pooled.view(len(text), hops, -1).sum(1) + own  # the perturbed nodes are always kept
+        shells = self.sizes.shells
+        size = torch.zeros_like(query[:, 0]).index_add(0, row_of(p.shells), gate).view(-1, shells).sum(1) + count
+        pooled = pooled.view(len(text), shells, -1).sum(1) + own  # the perturbed nodes are always kept
         if self.pool != "sum":
             size = size.clamp(min=1)
             pooled = pooled / (size if self.pool == "mean" else size.sqrt())[:, None]
         pooled = torch.where(on_graph[:, None], pooled, self.no_graph[1])
-        return Context(text, node, pooled, gate * on_graph.repeat_interleave(hops)[row_of(p.shells)], score)
+        return Context(text, node, pooled, gate * on_graph.repeat_interleave(shells)[row_of(p.shells)], score)
 
     def decode(
         self,
@@ -291,8 +291,8 @@ class AdaPertNetwork(nn.Module):
         gene, row = self.node_gene[p.shells[1]], row_of(p.shells)
         measured = gene >= 0
         value = (context.gate * torch.sigmoid(context.score))[measured]
-        share = value.new_zeros(len(p.text) * self.sizes.hops, self.sizes.genes)
-        return share.index_put((row[measured], gene[measured]), value).view(len(p.text), self.sizes.hops, -1)
+        share = value.new_zeros(len(p.text) * self.sizes.shells, self.sizes.genes)
+        return share.index_put((row[measured], gene[measured]), value).view(len(p.text), self.sizes.shells, -1)
 
     def _own(self, p: Interventions) -> Tensor:
         own = torch.zeros(len(p.text), self.sizes.genes, device=p.text.device)

@@ -58,7 +58,7 @@ class AdaPertObjective:
             self._fit_gains(residual)
             self.interventions, _ = model.interventions(unique)
             self._fit_scores()
-        model.notes["reach"] = model.reach
+        model.notes["open shells"] = model.open_shells
 
         self.val = list(split.val)
         if self.val:
@@ -91,9 +91,9 @@ class AdaPertObjective:
     def _fit_gains(self, residual: Tensor) -> None:
         """Start the gains at least squares, as if every candidate were selected with σ(score) = 0.6.
 
-        The outer shells whose genes follow the linear response no more than genes outside them are left out.
+        A shell whose genes follow the linear response no more than genes outside all shells is left out.
         """
-        p, hops, genes = self.interventions, self.config.hops, self.mean.shape[1]
+        p, shells, genes = self.interventions, self.module.sizes.shells, self.mean.shape[1]
         own = torch.zeros(len(p.text), genes, dtype=torch.bool)
         own[row_of(p.genes), p.genes[1]] = True
         own = own[self.of]
@@ -105,23 +105,23 @@ class AdaPertObjective:
                         min=1e-9
                     )
             gene, row = self.module.node_gene[p.shells[1]], row_of(p.shells)
-            inside = torch.zeros(len(p.text) * hops, genes)
+            inside = torch.zeros(len(p.text) * shells, genes)
             inside[row[gene >= 0], gene[gene >= 0]] = 1
-            inside = inside.view(-1, hops, genes)[self.of]  # [R, K, G]
+            inside = inside.view(-1, shells, genes)[self.of]  # [R, K, G]
             parts = self.linear[:, None] * torch.cat([1 - inside.sum(1, keepdim=True), inside], 1) * ~own[:, None]
-            gram = torch.einsum("rag,rbg->ab", parts, parts) + 1e-6 * torch.eye(1 + hops)
+            gram = torch.einsum("rag,rbg->ab", parts, parts) + 1e-6 * torch.eye(1 + shells)
             gain = torch.linalg.solve(gram, torch.einsum("rag,rg->a", parts, residual))
             self.module.gain[0] = gain[0]
             self.module.gain[1:] = (gain[1:] - gain[0]) / 0.6
-        while self.model.reach > 1 and gain[self.model.reach] <= gain[0]:
-            self.model.reach -= 1
+        better = (gain[1:] > gain[0]).tolist()
+        self.model.open_shells = better if any(better) else [True] * shells
 
     def _fit_scores(self) -> None:
         """Scale and shift the initial scores, shell by shell, to the log odds that a candidate responds.
 
         Logistic regression on the measured candidates of the training perturbations, five steps of Newton's method.
         """
-        module, p, hops = self.module, self.interventions, self.config.hops
+        module, p, shells = self.module, self.interventions, self.module.sizes.shells
         module.eval()
         with torch.no_grad():
             score = module.select(module.encode(), p).score.double()
@@ -131,13 +131,13 @@ class AdaPertObjective:
             respond[self.of_condition[row_of(self.deg)], self.deg[1]] = True  # in any context
             if not measured.any():
                 return
-            shell = torch.nn.functional.one_hot(row[measured] % hops, hops).double()
+            shell = torch.nn.functional.one_hot(row[measured] % shells, shells).double()
             x = torch.cat([score[measured][:, None], shell], 1)
-            y = respond[row[measured] // hops, gene[measured]].double()
-            coefficient = torch.zeros(1 + hops, dtype=torch.float64)
+            y = respond[row[measured] // shells, gene[measured]].double()
+            coefficient = torch.zeros(1 + shells, dtype=torch.float64)
             for _ in range(5):
                 odds = torch.sigmoid(x @ coefficient)
-                hessian = (x * (odds * (1 - odds))[:, None]).T @ x + torch.eye(1 + hops)
+                hessian = (x * (odds * (1 - odds))[:, None]).T @ x + torch.eye(1 + shells)
                 coefficient += torch.linalg.solve(hessian, x.T @ (y - odds) - coefficient)
             module.scale_scores(max(float(coefficient[0]), 0.0), coefficient[1:].float())
 

@@ -367,10 +367,9 @@ def _as_knowledge(
     array = {name: tensor.numpy() for name, tensor in tensors.items()}
     graph = embedding = None
     if "graph" in names:
-        nodes = np.array(names["graph"]["nodes"], dtype=str)
         graph = KnowledgeGraph(
             names["graph"]["name"],
-            nodes,
+            names["graph"]["nodes"],
             array["graph.src"],
             array["graph.dst"],
             weight=array.get("graph.weight"),

@@ -1,0 +1,160 @@
+"""The five baselines: values by hand, honest choices, refusals."""
+
+from __future__ import annotations
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from perturbcore.data import Condition, GeneEmbedding, KnowledgeGraph, MissingInput, Perturbation, Scale, Screen, Split
+from perturbcore.models import BASELINES, load
+from perturbcore.models.linear import Rows, adjacency_vectors, fit_ridge
+from perturbcore.training import RunError
+
+A, B, C, D, AB = (Perturbation(genes) for genes in (("A",), ("B",), ("C",), ("D",), ("A", "B")))
+EFFECT = {A: [1.0, 0, 0], B: [0, 2.0, 0], C: [1.0, 2.0, 0], D: [0, 0, 3.0], AB: [1.0, 2.0, 0]}
+VECTORS = GeneEmbedding("toy", ["A", "B", "C"], np.array([[1.0, 0], [0, 1], [1, 1]], np.float32))
+
+
+@pytest.fixture
+def screen():
+    """Two lines; a response is its effect, doubled in line y; no noise."""
+    rows, obs = [], []
+    for line, base, gain in (("x", 1.0, 1.0), ("y", 2.0, 2.0)):
+        for perturbation, effect in [(Perturbation(), [0, 0, 0]), *EFFECT.items()]:
+            rows += [base + gain * np.array(effect)] * 2
+            obs += [(str(perturbation), line)] * 2
+    adata = anndata.AnnData(
+        np.array(rows, np.float32),
+        obs=pd.DataFrame(obs, columns=["perturbation", "line"], index=[f"c{i}" for i in range(len(obs))]),
+        var=pd.DataFrame(index=["g1", "g2", "g3"]),
+    )
+    scale = Scale("log1p", None)
+    return Screen(adata, scale, perturbation_key="perturbation", control_label="control", context_key="line")
+
+
+def split(train, val, test):
+    return Split("by hand", 0, *(tuple(Condition(*c) for c in part) for part in (train, val, test)))
+
+
+def responses(model, screen, asked):
+    """Predicted pseudobulk responses [P, G] of "line::label" conditions."""
+    adata = model.predict(screen, asked)
+    deltas = []
+    for name in asked:
+        line, label = name.split("::")
+        cells = (adata.obs["line"] == line) & (adata.obs["perturbation"] == label)
+        deltas.append(adata.X[cells.to_numpy()].mean(axis=0) - (1.0 if line == "x" else 2.0))
+    return np.asarray(np.stack(deltas)).reshape(len(asked), -1)
+
+
+SEEN = split([("x", A), ("x", B), ("y", A), ("y", B)], [("x", C)], [("x", AB), ("y", C), ("x", D), ("y", D)])
+ASKED = ["x::A+B", "y::C", "x::D"]
+MEAN_X, MEAN_Y = np.array([2, 4, 0]) / 3, np.array([1.0, 2.0, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("control_mean", [[0, 0, 0], [0, 0, 0], [0, 0, 0]]),
+        ("perturbation_mean", [MEAN_X, MEAN_Y, MEAN_X]),
+        ("additive", [[1, 2, 0], [1, 2, 0], MEAN_X]),  # A + B; C as seen in line x; D never seen
+    ],
+)
+def test_values_by_hand(screen, name, expected):
+    model = BASELINES[name]().fit(screen, SEEN, progress=False)
+    np.testing.assert_allclose(responses(model, screen, ASKED), expected, atol=1e-5)
+
+
+def test_perturbation_mean_of_an_unseen_context_is_that_of_all(screen):
+    only_x = split([("x", A), ("x", B)], [("x", C)], [("y", A)])
+    model = BASELINES["perturbation_mean"]().fit(screen, only_x, progress=False)
+    np.testing.assert_allclose(responses(model, screen, ["y::D"]), [MEAN_X], atol=1e-5)
+
+
+def test_additive_names_what_it_had_to_replace(screen, capsys):
+    adata = BASELINES["additive"]().fit(screen, SEEN, progress=False).predict(screen, ["x::D", "x::A"])
+    assert set(adata.obs["fallback"]) == {"", "D was never perturbed alone: perturbation mean"}
+    assert "1 of 2 perturbations lack an input" in capsys.readouterr().err
+
+
+def test_nearest_neighbour_takes_the_nearest_of_the_context(screen):
+    model = BASELINES["nearest_neighbour"](embedding=VECTORS).fit(screen, SEEN, progress=False)
+    model.k = 1
+    np.testing.assert_allclose(responses(model, screen, ["x::A", "y::B"]), [[1, 0, 0], [0, 4, 0]], atol=1e-5)
+
+
+def test_ridge_recovers_a_linear_response(screen):
+    linear = split([("x", A), ("x", B)], [("x", C)], [("x", AB)])
+    model = BASELINES["ridge"](embedding=VECTORS).fit(screen, linear, progress=False)
+    model.fitted, _ = fit_ridge(model._rows(), model.deltas, np.arange(3))
+    found = responses(model, screen, ["x::A+B"])
+    assert np.abs(found - [[1, 2, 0]]).max() < 0.5
+    assert found[0, 1] > found[0, 0] > abs(found[0, 2]) - 1e-9
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_left_out_predictions_are_those_of_a_fit_without_the_group(contexts):
+    random = np.random.default_rng(0)
+    n = 12
+    rows = Rows(random.normal(size=(n, 4)), np.array([f"c{i % contexts}" for i in range(n)]), np.ones(n))
+    y, groups = random.normal(size=(n, 5)), np.arange(n) // 2
+    fitted, left_out = fit_ridge(rows, y, groups, intercept=10.0)
+    for group in range(6):
+        keep = groups != group
+        kernel = lambda a, b: (  # noqa: E731
+            (a.vectors @ b.vectors.T) / fitted.scale * ((a.context[:, None] == b.context) if fitted.per_context else 1)
+            + 10.0 * ((a.context[:, None] == b.context) + 1)
+        )
+        inner, outer = rows.at(np.flatnonzero(keep)), rows.at(np.flatnonzero(~keep))
+        alpha = np.linalg.solve(kernel(inner, inner) + fitted.strength * np.eye(keep.sum()), y[keep])
+        np.testing.assert_allclose(left_out[~keep], kernel(outer, inner) @ alpha, atol=1e-8)
+
+
+def test_adjacency_vectors_stand_in_for_an_embedding(screen):
+    graph = KnowledgeGraph("ring", ["A", "B", "C", "D"], [0, 1, 2, 3, 0], [1, 2, 3, 0, 2], directed=False)
+    vectors = adjacency_vectors(graph, 3)
+    assert vectors.shape == (4, 3)
+    assert np.isfinite(vectors).all()
+    model = BASELINES["ridge"](graph=graph).fit(screen, SEEN, progress=False)
+    assert model.notes["gene vectors"] == "SVD of ring"
+
+
+@pytest.mark.parametrize("name", ["nearest_neighbour", "ridge"])
+def test_without_vectors_the_mean_is_named_and_strict_refuses(screen, name):
+    model = BASELINES[name](embedding=VECTORS).fit(screen, SEEN, progress=False)
+    np.testing.assert_allclose(responses(model, screen, ["x::D"]), [MEAN_X], atol=1e-5)
+    strict = BASELINES[name](embedding=VECTORS, strict=True).fit(screen, SEEN, progress=False)
+    with pytest.raises(MissingInput, match="no vector"):
+        strict.predict(screen, ["x::D"])
+    with pytest.raises(MissingInput, match="embedding or a knowledge graph"):
+        BASELINES[name]().fit(screen, SEEN, progress=False)
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_save_and_load_predict_the_same(screen, name, tmp_path):
+    model = BASELINES[name](embedding=VECTORS).fit(screen, SEEN, progress=False, run_dir=tmp_path)
+    loaded = load(tmp_path)
+    first, second = (m.predict(screen, ASKED, n_cells=3, seed=1) for m in (model, loaded))
+    np.testing.assert_array_equal(np.asarray(first.X), np.asarray(second.X))
+    with pytest.raises(RunError, match="already holds a run"):
+        model.fit(screen, SEEN, progress=False, run_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_test_responses_change_nothing(screen, name):
+    other = screen.adata.copy()
+    for condition in SEEN.test:
+        other.X[screen.cells(condition)] += 5
+    options = {"perturbation_key": "perturbation", "control_label": "control", "context_key": "line"}
+    changed = Screen(other, screen.scale, **options)
+    first, second = (BASELINES[name](embedding=VECTORS).fit(s, SEEN, progress=False) for s in (screen, changed))
+    np.testing.assert_array_equal(first.predict(screen, ASKED).X, second.predict(screen, ASKED).X)
+
+
+def test_unknown_options_are_refused_with_a_hint():
+    with pytest.raises(ValueError, match="no option 'strictt'.*Did you mean 'strict'"):
+        BASELINES["ridge"](strictt=True)
+    with pytest.raises(ValueError, match="no preset 'papper'"):
+        BASELINES["ridge"](preset="papper")
