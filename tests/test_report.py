@@ -180,6 +180,9 @@ def test_summary_says_when_every_baseline_is_beaten(run: Path) -> None:
         pair |= {"difference": 0.2, "ci_low": 0.1, "ci_high": 0.3}
     (run / "manifest.json").write_text(json.dumps(manifest))
     assert "On Pearson Δ, AdaPert beats every baseline." in Page(render(Run.read(run))).text
+    manifest["paired"][0] |= {"difference": None, "ci_low": None, "ci_high": None}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert "On Pearson Δ, AdaPert beats every baseline that has a value." in Page(render(Run.read(run))).text
 
 
 def test_an_undecided_difference_is_not_a_win(run: Path) -> None:

@@ -119,12 +119,12 @@ def _verdict(run: Run, model: str) -> dict[str, Any]:
 def _headline(model: str, metric: str, pairs: list[dict[str, Any]]) -> str:
     """A model beats a baseline where the interval of their paired difference lies above 0."""
     title, name = LEADERBOARD[metric].title.replace("Discrimination", "discrimination"), NAMES.get(model, model)
-    pairs = [p for p in pairs if p["ci_low"] is not None]
+    asked, pairs = len(pairs), [p for p in pairs if p["ci_low"] is not None]
     unbeaten = [AS_SUBJECT.get(p["other"], p["other"]) for p in pairs if p["ci_low"] <= 0]
     if not pairs:
         return f"On {title}, {name} cannot be compared: too few perturbations have a value."
     if not unbeaten:
-        return f"On {title}, {name} beats every baseline."
+        return f"On {title}, {name} beats every baseline{' that has a value' * (len(pairs) < asked)}."
     return f"On {title}, {name} does not beat {listing(unbeaten, 'or')}."
 
 
