@@ -112,8 +112,9 @@ def gated_pool(
 
     ``a`` [N, k], ``q`` [B, k], ``w`` and ``bias`` [k], ``h`` [N, D]; ``candidates`` is None for all nodes, or CSR (ptr
     [B + 1], idx [nnz]) of the nodes that each query may choose. Returns pooled [B, D], gate and score [B, N] or [nnz],
-    all differentiable. float32 or float64. Works on two more arrays of the size of score; the noise is drawn anew in
-    the backward pass. Source: the selection of AdaPert (arXiv 2602.18885, section 3.3), factorised.
+    all differentiable. float32 or float64. Works on one more array of the size of score, with candidates two; gate and
+    noise are made again in the backward pass. Source: the selection of AdaPert (arXiv 2602.18885, section 3.3),
+    factorised.
     """
     _choose("pool", pool, ("sqrt", "sum", "mean"))
     a = _values("a", a, None, None)
@@ -138,11 +139,10 @@ def gated_pool(
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed is {seed}; expected an integer of 64 bits.")
     ptr, idx = _candidates(candidates, q.shape[0], a.device)
-    return GatedPool(
-        *_ops.gated_pool.default(
-            a, q, w, h, ptr, idx, float(tau), hard, seed, float(threshold), weighted, pool, float(negative_slope)
-        )
+    pooled, gate, score, _ = _ops.gated_pool.default(
+        a, q, w, h, ptr, idx, float(tau), hard, seed, float(threshold), weighted, pool, float(negative_slope)
     )
+    return GatedPool(pooled, gate, score)
 
 
 def _csr(graph: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -218,7 +218,7 @@ def _(rowptr, col, t_rowptr, t_col, t_perm, u, v, att, negative_slope, y, lse, g
 @register_fake("perturbcore::gated_pool", lib=library)
 def _(a, q, w, h, ptr, idx, *options):  # type: ignore[no-untyped-def]
     pairs = (q.shape[0], a.shape[0]) if idx is None else idx.shape
-    return a.new_empty(q.shape[0], h.shape[1]), a.new_empty(pairs), a.new_empty(pairs)
+    return a.new_empty(q.shape[0], h.shape[1]), a.new_empty(pairs), a.new_empty(pairs), a.new_empty(q.shape[0])
 
 
 @register_fake("perturbcore::gated_pool_backward", lib=library)
@@ -238,6 +238,7 @@ def _spmm_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _gatv2_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.negative_slope = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
 
@@ -248,14 +249,16 @@ def _gatv2_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _gated_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pooled, _, score, size = output  # the gate is made again from the score
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(size)
     ctx.options = inputs[6:]
-    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.save_for_backward(*inputs[:6], pooled, score, size)
 
 
 def _gated_pool_grad(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs, outputs = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    return (*_ops.gated_pool_backward.default(*inputs, *ctx.options, *outputs, *grads), *(None,) * 9)
+    return (*_ops.gated_pool_backward.default(*inputs, *ctx.options, *outputs, *grads[:3]), *(None,) * 9)
 
 
 def _no_second_order(ctx: Any, *grads: Tensor) -> None:

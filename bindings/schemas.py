@@ -23,9 +23,9 @@ SCHEMAS = {
         f"({CSR}, Tensor u, Tensor v, Tensor att, float negative_slope, Tensor y, Tensor lse, Tensor grad)"
         " -> (Tensor grad_u, Tensor grad_v, Tensor grad_att)"
     ),
-    "gated_pool": f"({POOL}) -> (Tensor pooled, Tensor gate, Tensor score)",
+    "gated_pool": f"({POOL}) -> (Tensor pooled, Tensor gate, Tensor score, Tensor size)",
     "gated_pool_backward": (
-        f"({POOL}, Tensor pooled, Tensor gate, Tensor score,"
+        f"({POOL}, Tensor pooled, Tensor score, Tensor size,"
         " Tensor? grad_pooled, Tensor? grad_gate, Tensor? grad_score)"
         " -> (Tensor grad_a, Tensor grad_q, Tensor grad_w, Tensor grad_h)"
     ),

@@ -93,7 +93,7 @@ OPCHECKS = {
     "gated_pool": (normal(5, 3), normal(3, 3), normal(3), normal(5, 2), *CANDIDATES, *GATE),
     "gated_pool_backward": (
         normal(5, 3), normal(3, 3), normal(3), normal(5, 2), None, None, *GATE,
-        normal(3, 2), normal(3, 5), normal(3, 5), normal(3, 2), None, normal(3, 5),
+        normal(3, 2), normal(3, 5), normal(3).abs() + 1, normal(3, 2), None, normal(3, 5),
     ),
 }  # fmt: skip
 

@@ -97,7 +97,7 @@ def _dense(a, q, linear_q, w, slope, tau, hard, seeded, seed, shift, weighted, g
 @kernel
 def _dense_backward(
     a, q, w, slope, tau, hard, seeded, seed, shift, weighted,
-    score, gate, pull, grad_size, grad_gate, grad_score, grad_a, sum_q, sum_w,
+    score, pull, grad_size, grad_gate, grad_score, grad_a, sum_q, sum_w,
 ):  # fmt: skip
     """``pull`` holds ⟨gradient of the sum, h⟩ per pair and becomes the share of h; empty gradients count as zero."""
     queries, hidden = q.shape
@@ -113,14 +113,14 @@ def _dense_backward(
             count = min(TILE, nodes - first)
             for p in range(queries):
                 _noise(noise, seeded, seed, shift, p, first)
-                scores, gates, pulls, steps = score[p], gate[p], pull[p], step[p]
+                scores, pulls, steps = score[p], pull[p], step[p]
                 for v in range(count):
                     n = first + v
                     keep = sigmoid(scores[n]) if weighted else one
-                    _, soft = _gate(scores[n] + noise[v], hard, tau)
-                    steps[v] = (pulls[n] * keep + grad_size[p]) * soft + pulls[n] * gates[n] * keep * (one - keep)
+                    gated, soft = _gate(scores[n] + noise[v], hard, tau)
+                    steps[v] = (pulls[n] * keep + grad_size[p]) * soft + pulls[n] * gated * keep * (one - keep)
                     noise[v] = soft
-                    pulls[n] = gates[n] * keep
+                    pulls[n] = gated * keep
                 if grad_gate.size:
                     for v in range(count):
                         steps[v] += grad_gate[p, first + v] * noise[v]
@@ -197,7 +197,7 @@ def _ragged(a, q, w, h, ptr, idx, slope, tau, hard, seeded, seed, shift, weighte
 @kernel
 def _ragged_by_query(
     a, q, h, ptr, idx, slope, tau, hard, seeded, seed, shift, weighted,
-    score, gate, grad_sum, grad_size, grad_gate, grad_score, step, share, sum_q,
+    score, grad_sum, grad_size, grad_gate, grad_score, step, share, sum_q,
 ):  # fmt: skip
     """The gradient of each score, the share of h, and Σ d_score · slope of each query."""
     one = a.dtype.type(1)
@@ -210,11 +210,11 @@ def _ragged_by_query(
                 pull += gp[d] * hv[d]
             noise = logistic_at(seed, p, idx[e], a.dtype.type) if seeded else -shift
             keep = sigmoid(score[e]) if weighted else one
-            _, soft = _gate(score[e] + noise, hard, tau)
-            up = (pull * keep + grad_size[p]) * soft + pull * gate[e] * keep * (one - keep)
+            gated, soft = _gate(score[e] + noise, hard, tau)
+            up = (pull * keep + grad_size[p]) * soft + pull * gated * keep * (one - keep)
             up += grad_gate[e] * soft if grad_gate.size else 0
             up += grad_score[e] if grad_score.size else 0
-            step[e], share[e], down = up, gate[e] * keep, slope * up
+            step[e], share[e], down = up, gated * keep, slope * up
             for i in range(qp.size):
                 rq[i] += up if av[i] + qp[i] > 0 else down
 
@@ -255,7 +255,7 @@ def gated_pool(
     weighted: bool,
     pool: str,
     negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``reference.gated_pool``; over all nodes it needs one more array of the size of the score."""
     _check(a, q, w, h, ptr, idx)
     slope = scalar(negative_slope, a)
@@ -271,7 +271,7 @@ def gated_pool(
         run(_dense, a, pad(q, fill), linear_q, pad(w, fill), slope, *noise, gate, score, share)
         run(_row_sums, gate, size)
         pooled = share @ h
-    return pooled.div_(norm(size, pool)[:, None]), gate, score
+    return pooled.div_(norm(size, pool)[:, None]), gate, score, size
 
 
 def gated_pool_backward(
@@ -289,16 +289,17 @@ def gated_pool_backward(
     pool: str,
     negative_slope: float,
     pooled: Tensor,
-    gate: Tensor,
     score: Tensor,
+    size: Tensor,
     grad_pooled: Tensor | None,
     grad_gate: Tensor | None,
     grad_score: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``reference.gated_pool_backward``; needs up to two arrays of the size of the score, PARTS of that of q."""
+    """See ``reference.gated_pool_backward``; needs one array of the size of the score (ragged: two), PARTS of q's."""
     _check(a, q, w, h, ptr, idx)
     pairs = (q.shape[0], a.shape[0]) if idx is None else tuple(idx.shape)
-    for name, tensor in (("gate", gate), ("score", score), ("grad_gate", grad_gate), ("grad_score", grad_score)):
+    check_shape("size", size, q.shape[:1])
+    for name, tensor in (("score", score), ("grad_gate", grad_gate), ("grad_score", grad_score)):
         if tensor is not None:
             check_shape(name, tensor, pairs)
     grad_pooled = torch.zeros_like(pooled) if grad_pooled is None else grad_pooled
@@ -310,21 +311,16 @@ def gated_pool_backward(
     noise = _noise_options(a, tau, hard, seed, threshold, weighted)
     grad_a, sum_w = torch.empty_like(a), a.new_empty(PARTS, a.shape[1])
 
+    grad_sum, grad_size = norm_backward(grad_pooled, pooled, size, pool)
     if ptr is None or idx is None:
-        size = a.new_empty(q.shape[0])
-        run(_row_sums, gate, size)
-        grad_sum, grad_size = norm_backward(grad_pooled, pooled, size, pool)
         share = grad_sum @ h.T
         sum_q = a.new_empty(PARTS, *q.shape)
         run(
             _dense_backward, a, q, w, slope, *noise,
-            score, gate, share, grad_size, *direct, grad_a, sum_q, sum_w,
+            score, share, grad_size, *direct, grad_a, sum_q, sum_w,
         )  # fmt: skip
         sum_q, grad_h = sum_q.sum(0), share.T @ grad_sum
     else:
-        query = rows(ptr)
-        size = gate.new_zeros(q.shape[0]).index_add(0, query, gate)
-        grad_sum, grad_size = norm_backward(grad_pooled, pooled, size, pool)
         step, share, sum_q, grad_h = (
             torch.empty_like(score),
             torch.empty_like(score),
@@ -333,11 +329,11 @@ def gated_pool_backward(
         )
         run(
             _ragged_by_query, a, q, h, ptr, idx, slope, *noise,
-            score, gate, grad_sum, grad_size, *direct, step, share, sum_q,
+            score, grad_sum, grad_size, *direct, step, share, sum_q,
         )  # fmt: skip
         position = torch.argsort(idx, stable=True)
         t_ptr = pad(torch.bincount(idx, minlength=a.shape[0]).cumsum(0), (1, 0))
-        run(_ragged_by_node, a, q, w, t_ptr, position, query, slope, step, share, grad_sum, grad_a, grad_h, sum_w)
+        run(_ragged_by_node, a, q, w, t_ptr, position, rows(ptr), slope, step, share, grad_sum, grad_a, grad_h, sum_w)
     return grad_a, sum_q * w, sum_w.sum(0) + (q * sum_q).sum(0), grad_h
 
 

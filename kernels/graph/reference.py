@@ -166,8 +166,8 @@ def gated_pool(
     weighted: bool,
     pool: str,
     negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return pooled [B, D], gate and score for every query and its candidate nodes.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return pooled [B, D], gate and score for every query and its candidate nodes, and the detached Σ gate [B].
 
     score = ⟨w, leaky_relu(a[v] + q[p])⟩; soft = σ(z / tau) with z = score + logistic noise of index (p, v), or, without
     a seed, z = score − logit(threshold); gate = soft, or 1[z > 0] with the gradient of soft if ``hard``; pooled = Σ_v
@@ -181,7 +181,8 @@ def gated_pool(
     gate = (z > 0).to(soft.dtype) + (soft - soft.detach()) if hard else soft
     share = gate * torch.sigmoid(score) if weighted else gate
     pooled = _sum_rows(share[..., None] * h[node], row, q.shape[0], idx)
-    return pooled / norm(_sum_rows(gate, row, q.shape[0], idx), pool)[:, None], gate, score
+    size = _sum_rows(gate, row, q.shape[0], idx)
+    return pooled / norm(size, pool)[:, None], gate, score, size.detach()
 
 
 def gated_pool_backward(
@@ -199,18 +200,19 @@ def gated_pool_backward(
     pool: str,
     negative_slope: float,
     pooled: Tensor,
-    gate: Tensor,
     score: Tensor,
+    size: Tensor,
     grad_pooled: Tensor | None,
     grad_gate: Tensor | None,
     grad_score: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of ``a``, ``q``, ``w`` and ``h``, given those of the three results of the forward pass."""
+    """Return the gradients of ``a``, ``q``, ``w`` and ``h``, given those of pooled, gate and score."""
     row, node = _pairs(a, q, ptr, idx)
-    _, soft = _soft(score, row, node, tau, seed, threshold)
+    z, soft = _soft(score, row, node, tau, seed, threshold)
+    gate = (z > 0).to(soft.dtype) if hard else soft
     keep = torch.sigmoid(score) if weighted else torch.ones_like(score)
     grad_pooled = torch.zeros_like(pooled) if grad_pooled is None else grad_pooled
-    grad_sum, grad_size = norm_backward(grad_pooled, pooled, _sum_rows(gate, row, q.shape[0], idx), pool)
+    grad_sum, grad_size = norm_backward(grad_pooled, pooled, size, pool)
     pull = (grad_sum[row] * h[node]).sum(-1)
     d_gate = pull * keep + grad_size[row] + (0 if grad_gate is None else grad_gate)
     d_score = d_gate * soft * (1 - soft) / tau + (0 if grad_score is None else grad_score)
