@@ -48,9 +48,12 @@ class Schedule:
 class Objective(Protocol):
     """What a model hands to the loop."""
 
-    module: nn.Module
     num_rows: int
     metric: str  # name of what `validate` returns
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
 
     def losses(self, rows: Tensor, step: int, progress: float) -> dict[str, Tensor]:
         """Return the terms of the loss on these rows, "loss" being the one to minimise; progress is in [0, 1)."""

@@ -154,7 +154,7 @@ def test_test_responses_change_nothing(screen, name):
 
 
 def test_unknown_options_are_refused_with_a_hint():
-    with pytest.raises(ValueError, match="no option 'strictt'.*Did you mean 'strict'"):
+    with pytest.raises(ValueError, match=r"no option 'strictt'.*Did you mean 'strict'"):
         BASELINES["ridge"](strictt=True)
     with pytest.raises(ValueError, match="no preset 'papper'"):
         BASELINES["ridge"](preset="papper")

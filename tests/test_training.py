@@ -119,7 +119,7 @@ def test_finished_run_resumes_to_its_result_without_training(tmp_path):
 def test_resume_with_another_configuration_names_the_difference(tmp_path):
     fit(Regression(), tmp_path)
     with pytest.raises(RunError, match=r"width was 8, is 16"):
-        train(Regression(), SCHEDULE, seed=3, configuration={"width": 16}, run_dir=tmp_path, resume=True, progress=False)
+        train(Regression(), SCHEDULE, seed=3, configuration={"width": 16}, run_dir=tmp_path, resume=True)
 
 
 def test_folder_that_holds_a_run_is_refused(tmp_path):
@@ -137,7 +137,7 @@ def test_killed_or_full_disk_during_a_checkpoint_leaves_the_previous_one(tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(training.os, "fsync" if broken == "write" else "replace", fail)
-    with pytest.raises(OSError, match="previous|untouched"):
+    with pytest.raises(OSError, match="untouched"):
         write_atomic(path, b"next, cut short")
     assert path.read_bytes() == b"previous"
     assert os.listdir(tmp_path) == [CHECKPOINT]

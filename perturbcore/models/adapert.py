@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from perturbcore import ops
-from perturbcore.data import Condition, MissingInput, Perturbation, Screen, Split
+from perturbcore.data import Condition, KnowledgeGraph, MissingInput, Perturbation, Screen, Split
 from perturbcore.models.adapert_network import AdaPertNetwork, Interventions, Ragged, Sizes, row_of
 from perturbcore.models.adapert_objective import AdaPertObjective
 from perturbcore.models.base import Model, Shift
@@ -28,7 +28,7 @@ class AdaPertConfig:
     """Options of AdaPert; the defaults are the preset "default"."""
 
     strict: bool = False  # refuse a perturbation that the graph or the embedding lacks
-    top_k: int = 10  # strongest edges kept into each gene
+    top_k: int | None = None  # strongest edges kept into each gene; None: all of 100,000 edges or fewer, else 10
     max_nodes: int = 4000  # keep the neighbours of measured and perturbed genes while the graph is no larger
     hops: int = 2  # how far from the perturbed genes a node may be selected
     width: int = 64  # of node states, scores and projected text
@@ -43,7 +43,7 @@ class AdaPertConfig:
     rows: Literal["pseudobulk", "cells"] = "pseudobulk"
     pool: Literal["sqrt", "sum", "mean"] = "sqrt"
     weighted: bool = True  # pool nodes by σ(score)
-    threshold: float = 0.5  # of σ(score), at inference
+    threshold: float = 0.7  # of σ(score), at inference: a node kept rather responds than not
     tau_first: float = 1.0  # temperature of the gates, falling exponentially
     tau_last: float = 0.5
     non_deg: float = 0.1  # weight of the pull to zero on genes that do not respond
@@ -64,17 +64,20 @@ class AdaPert(Model):
     Every step passes messages once over the shared graph (GATv2), scores the nodes within `hops` of what is perturbed
     against its text and node state, opens or shuts a Gumbel gate on each, and pools those let through into z_ctx. The
     loss is L_recon + non_deg · L_non + align · L_align (section 3.4): squared error; Huber on genes that are not
-    differentially expressed in training, δ per gene the spread of such effects; 2 − 2 cos(z_ctx, Σ |Δ_i| sg(h_i)) over
-    the differentially expressed genes. Training stops on the mean Pearson Δ of the validation conditions.
+    differentially expressed in training, δ per gene the spread of such effects; 2 − 2 cos between what was selected and
+    what responds. Training stops on the mean Pearson Δ of the validation conditions.
 
     Preset "default" differs from what the authors ran:
 
-    * It predicts what a perturbation adds to the response that all share, and starts from that shared response; the
-      shared one is interpolated between training contexts by the distance of their control profiles, so that an unseen
-      context enters only through its controls.
-    * A selected node that is a measured gene answers for itself (a readout of low rank of its state), and the perturbed
-      gene has its own term. The sign of the intervention (activation, repression) enters both.
-    * Distance from the perturbed gene and its node state enter the score.
+    * It starts from the response that all perturbations share plus one linear in the gene vectors, both in closed form,
+      and learns where the graph lets the linear one through: each shell of candidates has a gain on its selected genes.
+      The shared one is interpolated between training contexts by the distance of their control profiles, so that an
+      unseen context enters only through its controls. In training, each linear response is that of a fit without the
+      perturbation at hand.
+    * Candidates are told apart by distance and by whether they lie downstream; the node state of what is perturbed and
+      the text of the candidate enter the score, which starts from the likeness of the two texts.
+    * Alignment is taken in the coordinates of the nodes, where what all node states share does not count.
+    * The perturbed gene has its own term; the direction of the intervention enters all but the selection.
     * It trains on the mean of each condition and batch, weighted by cells: the input of a cell is the mean of its
       matched controls, so this differs from the error per cell by a constant only.
     * Text and graph are withheld at random in training, so that the vectors that stand in for them are learned.
@@ -92,6 +95,8 @@ class AdaPert(Model):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
         "paper": {
+            "top_k": 10,
+            "threshold": 0.5,
             "max_nodes": 20_000,
             "width": 128,
             "channels": 128,
@@ -119,7 +124,7 @@ class AdaPert(Model):
             raise MissingInput("adapert needs a knowledge graph, and none was given.")
         perturbed = sorted({gene for p in screen.perturbations for gene in p.genes})
         wanted = sorted({*screen.genes.tolist(), *perturbed})
-        whole = self.graph.top_k(self.config.top_k)
+        whole = self._strongest(self.graph)
         cut = whole.neighbourhood(wanted, 1)
         if cut.num_nodes > self.config.max_nodes:
             cut = whole.neighbourhood(wanted, 0)
@@ -155,11 +160,16 @@ class AdaPert(Model):
             "seconds": round(history.seconds, 1),
         }
 
+    def _strongest(self, graph: KnowledgeGraph) -> KnowledgeGraph:
+        if self.config.top_k is None and graph.num_edges <= 100_000:
+            return graph
+        return graph.top_k(self.config.top_k or 10)
+
     def _build(self, nodes: list[str], genes: list[str], seed: int) -> None:
         """Make the network over these nodes of the graph."""
         assert self.graph is not None
         config = self.config
-        self._whole = self.graph.top_k(config.top_k)
+        self._whole = self._strongest(self.graph)
         self._cut = self._whole.neighbourhood(nodes, 0)
         self._text_mean, self._text_scale = np.zeros(1, np.float32), 1.0
         text, has_text = self._text(nodes)

@@ -106,9 +106,14 @@ class AdaPertNetwork(nn.Module):
     """AdaPert (arXiv 2602.18885, section 3): graph encoder, conditional node selection, decoder.
 
     `response="profile"` decodes the perturbed profile x̂ from [z_c, z_ctx, s_p], as in the paper. `response="delta"`
-    starts from a response that is given, the one all perturbations share and one linear in the text, lets the linear one
-    through gene by gene as the gene's node is selected or not, and decodes what is left.
+    starts from a response that is given, the one all perturbations share and one linear in the gene vectors, lets the
+    linear one through gene by gene as the gene's node is selected or not, and decodes what is left.
     """
+
+    node_text: Tensor
+    has_text: Tensor
+    gene_node: Tensor
+    node_gene: Tensor
 
     def __init__(
         self,
@@ -125,7 +130,7 @@ class AdaPertNetwork(nn.Module):
         dropout: float,
         absent: float,
     ) -> None:
-        """Take the graph over N nodes, text [N, T] and whether each node has it, and the node of each gene (-1: none)."""
+        """Take the graph over N nodes, text [N, T] and which nodes have it, and the node of each gene (-1: none)."""
         super().__init__()
         self.sizes, self.response, self.pool, self.weighted = sizes, response, pool, weighted
         self.threshold, self.absent, self.graph = threshold, absent, graph
@@ -142,7 +147,7 @@ class AdaPertNetwork(nn.Module):
         if self.text_to_query is not None:
             nn.init.orthogonal_(self.text_to_query.weight)
         self.no_text = nn.Parameter(0.1 * torch.randn(2, d))  # as a node's text, as a perturbation's
-        self.no_graph = nn.Parameter(0.1 * torch.randn(2, d))  # as a perturbed node, as a pooled context
+        self.no_graph = nn.Parameter(0.1 * torch.randn(d))  # as z_ctx of what the graph does not hold
         self.encoder = GraphEncoder(sizes, dropout)
 
         self.score_node = nn.Linear(d, k, bias=False)  # U, on node states
@@ -172,8 +177,8 @@ class AdaPertNetwork(nn.Module):
             nn.Linear(hidden, genes),
         )
         if response == "delta":
-            nn.init.zeros_(self.decoder[-1].weight)
-            nn.init.zeros_(self.decoder[-1].bias)
+            for zero in self.decoder[-1].parameters():
+                nn.init.zeros_(zero)
             self.gain = nn.Parameter(
                 torch.zeros(1 + sizes.shells)
             )  # of the linear response: of any gene, of a selected one
@@ -208,7 +213,7 @@ class AdaPertNetwork(nn.Module):
     def scale_scores(self, scale: float, shift: Tensor) -> None:
         """Multiply all scores by `scale` and add `shift` [K] to those of each shell."""
         with torch.no_grad():
-            self.score_weight *= scale
+            self.score_weight.mul_(scale)
             self.score_weight[-1] = -1.0
             offset = scale - shift  # a unit of bias 1 and weight -1 carries it, through a leaky ReLU
             self.score_shell[:, -1] = torch.where(offset > 0, offset, offset / 0.2) - 1.0
@@ -228,7 +233,7 @@ class AdaPertNetwork(nn.Module):
             on_graph = on_graph & ~((lost > 1 - self.absent) & p.has_text)
         text = self._text(self.text_to_query, p.text, has_text, self.no_text[1])
         own = torch.zeros_like(text).index_add(0, row_of(p.own), h[p.own[1]])
-        node = torch.where(on_graph[:, None], own / count.clamp(min=1)[:, None], self.no_graph[0])
+        node = own / count.clamp(min=1)[:, None]
         node_part, query = self.score_node(h), self.score_text(text)
         if self.response == "delta":
             node_text = self._text(self.text_to_query, self.node_text, self.has_text, self.no_text[1])
@@ -252,7 +257,7 @@ class AdaPertNetwork(nn.Module):
         if self.pool != "sum":
             size = size.clamp(min=1)
             pooled = pooled / (size if self.pool == "mean" else size.sqrt())[:, None]
-        pooled = torch.where(on_graph[:, None], pooled, self.no_graph[1])
+        pooled = torch.where(on_graph[:, None], pooled, self.no_graph)
         return Context(text, node, pooled, gate * on_graph.repeat_interleave(shells)[row_of(p.shells)], score)
 
     def decode(

@@ -142,7 +142,7 @@ class AdaPertObjective:
             module.scale_scores(max(float(coefficient[0]), 0.0), coefficient[1:].float())
 
     def _label(self, train: Sequence[Condition]) -> None:
-        """Label the differentially expressed genes; spread of the other effects, and |Δ| of labelled genes on the graph."""
+        """Label the differentially expressed genes; keep the spread of other effects and |Δ| of those on the graph."""
         labels = deg_labels(self.screen, train, self.config.fdr, self.config.min_abs_lfc)
         delta = torch.from_numpy(self.screen.deltas(train))
         self.deg: Ragged = (torch.from_numpy(labels.ptr), torch.from_numpy(labels.idx))

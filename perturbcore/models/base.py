@@ -95,7 +95,7 @@ class Model(ABC):
                 )
         self.graph, self.embedding, self.preset = graph, embedding, preset
         try:
-            self.config = TypeAdapter(self.Config).validate_python({**self.presets[preset], **overrides})
+            self.config: Any = TypeAdapter(self.Config).validate_python({**self.presets[preset], **overrides})
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -111,7 +111,7 @@ class Model(ABC):
 
     @abstractmethod
     def _shift(self, conditions: Sequence[Condition], control: np.ndarray, direction: np.ndarray) -> Shift:
-        """Predict the response of each condition, given the mean control profile [P, G] and the direction [P] of each."""
+        """Predict the response of each condition, given its mean control profile [P, G] and direction [P]."""
 
     @abstractmethod
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -181,7 +181,7 @@ class Model(ABC):
         *,
         seed: int = 0,
     ) -> AnnData:
-        """Predict cells: sampled control cells, moved so that their mean is the control mean plus the predicted response.
+        """Predict cells: sampled control cells, moved so that their mean is the control mean plus the predicted one.
 
         Args:
             cells: holds the control cells of every context asked for, on the scale and genes of the training screen.
@@ -210,7 +210,7 @@ class Model(ABC):
             if self.config.strict:
                 raise MissingInput(f"{self.name} lacks inputs for {len(missing)} perturbations ({message})")
             print(
-                f"{self.name}: {len(missing)} of {len(set(c.perturbation for c in conditions))} perturbations "
+                f"{self.name}: {len(missing)} of {len({c.perturbation for c in conditions})} perturbations "
                 f"lack an input: {message}",
                 file=sys.stderr,
             )

@@ -109,13 +109,13 @@ class Additive(Baseline):
     def _shift(self, conditions: Sequence[Condition], control: np.ndarray, direction: np.ndarray) -> Shift:
         deltas, fallback = [], []
         for context, perturbation in conditions:
-            known = self._measured(perturbation, context)
+            delta = self._measured(perturbation, context)
             unseen: list[str] = []
-            if known is None:
+            if delta is None:
                 parts = {gene: self._measured(Perturbation((gene,)), context) for gene in perturbation.genes}
                 unseen = [gene for gene, part in parts.items() if part is None]
-                known = sum((self._mean(context) if part is None else part) for part in parts.values())
-            deltas.append(known)
+                delta = np.sum([self._mean(context) if part is None else part for part in parts.values()], axis=0)
+            deltas.append(delta)
             fallback.append(f"{'+'.join(unseen)} was never perturbed alone: perturbation mean" if unseen else "")
         return Shift(np.stack(deltas).astype(np.float32), fallback)
 
@@ -146,7 +146,7 @@ class WithVectors(Baseline):
         super()._restore(tensors, state)
 
     def _or_mean(self, conditions: Sequence[Condition], found: np.ndarray, delta: np.ndarray) -> Shift:
-        for i in np.flatnonzero(~found):
+        for i in np.flatnonzero(~found).tolist():
             delta[i] = self._mean(conditions[i].context)
         return Shift(delta.astype(np.float32), ["" if ok else self.no_vector for ok in found])
 

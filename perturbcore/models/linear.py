@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ class GeneVectors:
         else:
             raise ValueError("Gene vectors come from an embedding or a knowledge graph, and neither was given.")
 
-    def _from_graph(self, genes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _from_graph(self, genes: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         index = self._graph.index(genes)
         return self._vectors[index], index >= 0
 
@@ -66,7 +66,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class KernelRidge:
-    """Ridge regression of responses on gene vectors, in its dual form (Ahlmann-Eltze, Huber, Anders 2025: linear model).
+    """Ridge regression of responses on gene vectors, in its dual form (Ahlmann-Eltze, Huber, Anders 2025).
 
     One map serves all contexts, with the sign of the intervention, or each context has its own; with `intercept`, the
     mean of all and of each context is free.
