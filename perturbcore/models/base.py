@@ -201,9 +201,7 @@ class Model(ABC):
             raise RuntimeError(f"{self.name} is not fitted: call fit, or load a fitted model")
         cells = self._checked(cells)
         conditions = self._conditions(cells, perturbations)
-        mean = {context: cells.control_mean(context) for context in sorted({c.context for c in conditions})}
-        direction = np.array([self._direction(cells, c) for c in conditions], np.int8)
-        shift = self._shift(conditions, np.stack([mean[c.context] for c in conditions]), direction)
+        mean, shift = self._shift_of(cells, conditions)
         missing = {str(c.perturbation): why for c, why in zip(conditions, shift.fallback, strict=True) if why}
         if missing:
             message = "; ".join(f"{label}: {why}" for label, why in missing.items())
@@ -223,6 +221,17 @@ class Model(ABC):
         adata = predictions(cells, blocks, model=self.name, extra_uns={"fallback": missing, "seed": seed})
         adata.obs["fallback"] = fallback
         return adata
+
+    def deltas(self, cells: Screen, conditions: Sequence[Condition]) -> np.ndarray:
+        """Predict mean responses alone, float32 [P, G], from the control cells of each condition's context."""
+        if self.training is None:
+            raise RuntimeError(f"{self.name} is not fitted: call fit, or load a fitted model")
+        return self._shift_of(self._checked(cells), conditions)[1].delta
+
+    def _shift_of(self, cells: Screen, conditions: Sequence[Condition]) -> tuple[dict[str, np.ndarray], Shift]:
+        mean = {context: cells.control_mean(context) for context in sorted({c.context for c in conditions})}
+        direction = np.array([self._direction(cells, c) for c in conditions], np.int8)
+        return mean, self._shift(conditions, np.stack([mean[c.context] for c in conditions]), direction)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `model.safetensors`, `knowledge.safetensors`, `config.json` and `manifest.json` into a folder."""
