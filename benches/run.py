@@ -42,7 +42,7 @@ def run_case(case: Case, limits: Limits, budget: float) -> dict[str, Any]:
     allowed = {name: case.tolerance if name == OURS else PEER_TOLERANCE for name in calls}
     passed = {name: errors[name] <= allowed[name] for name in calls}  # false for NaN
     peaks = {
-        name: min((peak_bytes(call) for _ in range(2)), key=lambda peak: peak or 0) for name, call in calls.items()
+        name: min((peak_bytes(call) for _ in range(5)), key=lambda peak: peak or 0) for name, call in calls.items()
     }
     limits.seconds(problem.work)  # before and after, in case other processes were busy once
     timings = interleave(calls, budget)
