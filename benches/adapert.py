@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,16 +16,16 @@ from perturbcore.data import Condition, Screen, Simulation, prepare, simulate, u
 from perturbcore.models import BASELINES, AdaPert, Model
 
 
-def compare(simulation: Simulation, **options: object) -> pd.DataFrame:
+def compare(simulation: Simulation, **options: Any) -> pd.DataFrame:
     """Fit AdaPert and the baselines; return Pearson Δ, discrimination, variance ratio, precision and seconds."""
     split = unseen_perturbation(simulation.screen)
     screen = prepare(simulation.screen, split, n_genes=simulation.screen.num_genes)
     rows = []
-    for name, kind in {**BASELINES, "adapert": AdaPert}.items():
+    kinds: dict[str, type[Model]] = {**BASELINES, "adapert": AdaPert}
+    for name, kind in kinds.items():
         started = time.perf_counter()
-        model: Model = kind(
-            graph=simulation.graph, embedding=simulation.embedding, **(options if name == "adapert" else {})
-        )
+        own = options if name == "adapert" else {}
+        model = kind(graph=simulation.graph, embedding=simulation.embedding, **own)
         model.fit(screen, split)
         predicted = model.deltas(screen, split.test)
         seconds = time.perf_counter() - started

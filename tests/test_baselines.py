@@ -88,7 +88,7 @@ def test_nearest_neighbour_takes_the_nearest_of_the_context(screen):
 def test_ridge_recovers_a_linear_response(screen):
     linear = split([("x", A), ("x", B)], [("x", C)], [("x", AB)])
     model = BASELINES["ridge"](embedding=VECTORS).fit(screen, linear, progress=False)
-    model.fitted, _ = fit_ridge(model._rows(), model.deltas, np.arange(3))
+    model.fitted, _ = fit_ridge(model._rows(), model.responses, np.arange(3))
     found = responses(model, screen, ["x::A+B"])
     assert np.abs(found - [[1, 2, 0]]).max() < 0.5
     assert found[0, 1] > found[0, 0] > abs(found[0, 2]) - 1e-9

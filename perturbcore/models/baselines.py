@@ -43,7 +43,7 @@ class Baseline(Model):
         self._choose(np.unique(names, return_inverse=True)[1])
 
     def _remember(self, conditions: Sequence[Condition], deltas: np.ndarray, direction: np.ndarray) -> None:
-        self.conditions, self.deltas, self.direction = tuple(conditions), deltas, direction
+        self.conditions, self.responses, self.direction = tuple(conditions), deltas, direction
         self.of_context = {
             context: np.array([i for i, c in enumerate(conditions) if c.context == context])
             for context in {c.context for c in conditions}
@@ -58,8 +58,8 @@ class Baseline(Model):
     def _mean(self, context: str) -> np.ndarray:
         """Mean response of a context's perturbations; of all contexts, each counted once, where it has none."""
         if context in self.of_context:
-            return self.deltas[self.of_context[context]].mean(axis=0)
-        return np.mean([self.deltas[rows].mean(axis=0) for rows in self.of_context.values()], axis=0)
+            return self.responses[self.of_context[context]].mean(axis=0)
+        return np.mean([self.responses[rows].mean(axis=0) for rows in self.of_context.values()], axis=0)
 
     def _measured(self, perturbation: Perturbation, context: str) -> np.ndarray | None:
         """Response measured in this context, else the mean of those measured elsewhere, else None."""
@@ -67,10 +67,10 @@ class Baseline(Model):
         if rows is None:
             return None
         here = [i for i in rows if self.conditions[i].context == context]
-        return self.deltas[here or rows].mean(axis=0)
+        return self.responses[here or rows].mean(axis=0)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {"deltas": torch.from_numpy(self.deltas), "direction": torch.from_numpy(self.direction)}
+        return {"deltas": torch.from_numpy(self.responses), "direction": torch.from_numpy(self.direction)}
 
     def _state(self) -> dict[str, Any]:
         return {"conditions": [[c.context, *c.perturbation.genes] for c in self.conditions]}
@@ -164,8 +164,8 @@ class NearestNeighbour(WithVectors):
         error = np.zeros(most)
         for i in rows:
             order = self._nearest(cosine[i], self.conditions[i].context)[:most]
-            running = np.cumsum(self.deltas[order], axis=0) / np.arange(1, len(order) + 1)[:, None]
-            mse = ((running - self.deltas[i]) ** 2).mean(axis=1)
+            running = np.cumsum(self.responses[order], axis=0) / np.arange(1, len(order) + 1)[:, None]
+            mse = ((running - self.responses[i]) ** 2).mean(axis=1)
             error += np.pad(mse, (0, most - len(mse)), mode="edge")
         self.k = 1 + int(error.argmin())
         self.notes["k"] = self.k
@@ -181,7 +181,7 @@ class NearestNeighbour(WithVectors):
         cosine = _unit(features) @ _unit(self.features).T
         nearest = [self._nearest(row, c.context)[: self.k] for row, c in zip(cosine, conditions, strict=True)]
         found &= np.array([len(rows) > 0 for rows in nearest])
-        delta = np.stack([self.deltas[r].mean(axis=0) if len(r) else np.zeros_like(control[0]) for r in nearest])
+        delta = np.stack([self.responses[r].mean(axis=0) if len(r) else np.zeros_like(control[0]) for r in nearest])
         return self._or_mean(conditions, found, delta)
 
     def _state(self) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class Ridge(WithVectors):
 
     def _choose(self, left_out: np.ndarray) -> None:
         rows = np.flatnonzero(self.known)
-        self.fitted, _ = fit_ridge(self._rows().at(rows), self.deltas[rows], left_out[rows], INTERCEPT)
+        self.fitted, _ = fit_ridge(self._rows().at(rows), self.responses[rows], left_out[rows], INTERCEPT)
         self.notes |= {"ridge": self.fitted.strength, "per context": self.fitted.per_context}
 
     def _rows(self) -> Rows:
