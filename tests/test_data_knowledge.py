@@ -93,6 +93,7 @@ def test_impossible_edges_are_refused() -> None:
         ({"src": [0, 2], "dst": [1, 1]}, "src names node 2 of 2 nodes"),
         ({"src": [0], "dst": [-1]}, "dst names node -1"),
         ({"src": [0, 1], "dst": [1]}, "one value per edge"),
+        ({"src": [0.5], "dst": [1]}, "whole numbers"),
         ({"src": [0], "dst": [1], "weight": [-1.0]}, "at least 0"),
         ({"src": [0], "dst": [1], "weight": [np.nan]}, "finite"),
         ({"src": [0], "dst": [1], "sign": [2]}, "-1, 0 or"),
@@ -188,6 +189,7 @@ def test_names_of_another_kind_are_refused_in_words() -> None:
     assert identifier_kind([f"{name}.2" for name in ensembl]) == "Ensembl ids"
     assert identifier_kind(["7157", "1017"]) == "Entrez ids"
     assert identifier_kind(["TP53", "ENSA"]) == "gene symbols"
+    assert identifier_kind([f"9606.ENSP{i:011d}" for i in range(5)]) == "Ensembl ids"
     check_shared_names(["TP53", "X"], ["TP53"], "graph")
     check_shared_names([], ["TP53"], "graph")
     with pytest.raises(DataError, match=r"by Ensembl ids \(ENSG0.*the graph by gene symbols \(TP53"):
@@ -242,6 +244,7 @@ def test_a_pickle_that_runs_code_is_refused_before_it_runs(tmp_path: Path, monke
         (["A"], np.ones((2, 2)), "one row of numbers per gene"),
         (["A"], np.ones(1), "one row of numbers per gene"),
         (["A", "B"], np.array([[1.0], [np.nan]]), "non-finite numbers for 1 genes: B"),
+        (["A"], np.array([["x"]]), "not numbers"),
     ],
 )
 def test_bad_embeddings_are_refused(genes: list[str], vectors: np.ndarray, message: str) -> None:
@@ -255,6 +258,9 @@ def test_bad_embedding_files_are_refused(tmp_path: Path) -> None:
         GeneEmbedding.read(tmp_path / "e.npz")
     with pytest.raises(DataError, match="holds text in columns b"):
         GeneEmbedding.read(write(tmp_path / "e.csv", "gene,a,b\nA,1,x\n"))
+    for table in ("0,1\n0.5,2\n0.25,3\n", "gene,0\nA,1\n,2\n"):
+        with pytest.raises(DataError, match="must name a gene in every row"):
+            GeneEmbedding.read(write(tmp_path / "e.csv", table))
     (tmp_path / "e.pkl").write_bytes(pickle.dumps({"A": [1.0], "B": [1.0, 2.0]}))
     with pytest.raises(DataError, match="one length"):
         GeneEmbedding.read(tmp_path / "e.pkl")

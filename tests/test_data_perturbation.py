@@ -59,8 +59,9 @@ def test_a_declared_control_is_the_only_one() -> None:
 
 @pytest.mark.parametrize("label", ["", "  ", "A+", "+", "A::B"])
 def test_parse_refuses_what_names_no_gene(label: str) -> None:
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as caught:
         Perturbation.parse(label)
+    assert not label.strip() or repr(label) in str(caught.value)
 
 
 def test_kinds_order_and_text() -> None:

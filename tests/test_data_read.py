@@ -61,6 +61,10 @@ def test_of_several_usual_columns_the_one_with_a_control_is_taken() -> None:
     assert (found.perturbation_key, found.context_key) == ("perturbation", "cell_line")
 
 
+def test_a_column_of_other_things_does_not_stand_in_the_way() -> None:
+    assert read(screen(target=["x+", "A::B", "+"] * 4), verbose=False).perturbation_key == "perturbation"
+
+
 def test_columns_that_cannot_be_told_apart_are_refused() -> None:
     other = ["control", "A", "C"] * 3 + ["control", "C", "A"]
     assert "perturbation, condition may each be the perturbation" in refusal(screen(condition=other))
@@ -187,6 +191,19 @@ def test_a_scale_that_contradicts_the_values_is_refused(x: np.ndarray, uns: dict
     assert message in refusal(screen(x, uns), scale=asked)
 
 
+@pytest.mark.parametrize("stored", ["counts", {}, {"target_sum": 1e4}])
+def test_a_scale_that_perturbcore_did_not_write_is_refused(stored: object) -> None:
+    assert "not what perturbcore writes" in refusal(screen(uns={"perturbcore": {"scale": stored}}))
+
+
+def test_a_foreign_note_under_our_name_is_left_alone() -> None:
+    assert read(screen(uns={"perturbcore": "seen"}), verbose=False).scale == Scale("counts")
+
+
+def test_values_that_are_no_real_numbers_are_refused() -> None:
+    assert "not real numbers" in refusal(screen(COUNTS.astype(np.complex64)))
+
+
 def test_direction_comes_from_the_column_or_is_assumed_aloud(capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ["control", "CRISPRa", "CRISPRi"] * 4
     found = read(screen(perturbation_type=kinds))
@@ -241,6 +258,9 @@ def test_files_that_are_no_screen_are_refused(tmp_path: Path) -> None:
         for name in ("X", "obs", "var"):
             file[name] = np.zeros(3)
     assert "cannot be read as AnnData" in refusal(tmp_path / "odd.h5ad")
+    with h5py.File(tmp_path / "whole.h5ad", "a") as file:
+        file["obs"].attrs["encoding-version"] = "99.0.0"
+    assert "newer anndata" in refusal(tmp_path / "whole.h5ad")
     (tmp_path / "folder").mkdir()
     assert "cannot be read as AnnData" in refusal(tmp_path / "folder")
     assert "0 cells" in refusal(screen()[:0].copy())

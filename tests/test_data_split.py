@@ -130,6 +130,7 @@ def test_json_round_trip_and_hand_written_lists(screen: Screen, tmp_path: Path) 
         ('{"train": ["REG001"], "val": ["REG002"], "test": ["REG0O3"]}', "REG0O3.*Did you mean 'REG0"),
         ('{"train": ["REG001"], "val": ["REG002"], "test": ["line9::REG003"]}', "line9::REG003"),
         ('{"train": ["REG001"], "val": ["REG002"], "test": []}', "test part of split .* is empty"),
+        ('{"train": ["REG001"], "val": ["REG002"], "test": ["REG003"], "seed": null}', "seed of split .* is None"),
         ('{"train": ["REG001"], "val": ["REG002"], "test": ["line1::REG001"]}', "leaks"),
         (
             '{"name": "unseen_perturbation", "train": ["line1::REG001"], "val": ["REG002"], "test": ["line2::REG001"]}',

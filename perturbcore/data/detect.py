@@ -9,7 +9,7 @@ import pandas as pd
 from anndata import AnnData
 
 from perturbcore.data.errors import DataError, listed, suggest
-from perturbcore.data.perturbation import Perturbation
+from perturbcore.data.perturbation import Perturbation, is_control_spelling
 
 PERTURBATION_COLUMNS = (
     *("perturbation", "condition", "target_gene", "gene", "target", "gene_target", "perturbation_name"),
@@ -135,8 +135,8 @@ def _usual(adata: AnnData, names: Iterable[str]) -> list[str]:
 
 
 def _holds_control(column: pd.Series, hint: str) -> bool:
-    labels = {str(label).strip() for label in column.dropna().unique()} - {""}
-    return hint in labels or any(Perturbation.parse(label).is_control for label in labels)
+    labels = {str(label).strip() for label in column.dropna().unique()}
+    return hint in labels - {""} or any(map(is_control_spelling, labels))
 
 
 def _only(adata: AnnData, keys: list[str], what: str) -> str:

@@ -18,10 +18,13 @@ from perturbcore.data.errors import DataError, listed
 class GeneEmbedding:
     """One vector per named gene: ``genes`` [n] (unique), ``vectors`` float32 [n, d], all finite."""
 
-    def __init__(self, name: str, genes: Sequence[str] | np.ndarray, vectors: np.ndarray) -> None:
+    def __init__(self, name: str, genes: Sequence[str] | np.ndarray, vectors: np.ndarray | list[Any]) -> None:
         self.name = name
         self.genes = np.asarray(genes, dtype=str)
-        self.vectors = np.ascontiguousarray(vectors, np.float32)
+        try:
+            self.vectors = np.ascontiguousarray(vectors, np.float32)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"The vectors of embedding {name!r} are not numbers of one length: {error}.") from error
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.genes) or self.vectors.size == 0:
             raise DataError(
                 f"Embedding {name!r} has {len(self.genes)} genes and vectors of shape {self.vectors.shape}; "
@@ -43,13 +46,20 @@ class GeneEmbedding:
         """
         path = Path(path)
         suffix = path.suffix.casefold()
+        vectors: np.ndarray | list[Any]
         if suffix == ".npz":
             genes, vectors = _read_npz(path)
         elif suffix in (".pkl", ".pickle"):
             genes, vectors = _read_pickle(path)
         else:
             table = read_table(path)
-            genes, numbers = table.iloc[:, 0].astype(str).to_numpy(), table.iloc[:, 1:]
+            names, numbers = table.iloc[:, 0], table.iloc[:, 1:]
+            if names.dtype.kind == "f" or names.isna().any():
+                raise DataError(
+                    f"{str(path)!r} must name a gene in every row of its first column, {str(names.name)!r}; it holds "
+                    "numbers or blanks."
+                )
+            genes = names.astype(str).to_numpy()
             if text := [str(column) for column in numbers if numbers[column].dtype.kind not in "iuf"]:
                 raise DataError(
                     f"{str(path)!r} holds text in columns {listed(text)}; after the gene come numbers only."
@@ -107,7 +117,7 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_pickle(path: Path) -> tuple[np.ndarray, list[Any]]:
     try:
         content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
     except (
@@ -123,8 +133,4 @@ def _read_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{str(path)!r} is no plain pickle of gene -> vector: {error}.") from error
     if not isinstance(content, dict) or not content or not all(isinstance(gene, str) for gene in content):
         raise DataError(f"{str(path)!r} must hold a dict of gene -> vector.")
-    try:
-        vectors = np.array(list(content.values()), np.float32)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"The vectors in {str(path)!r} are not numbers of one length: {error}.") from error
-    return np.array(list(content)), vectors
+    return np.array(list(content)), list(content.values())

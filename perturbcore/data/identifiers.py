@@ -7,7 +7,8 @@ from collections.abc import Collection
 
 from perturbcore.data.errors import DataError, listed
 
-_ENSEMBL = re.compile(r"ENS[A-Z]{0,5}[GTP]\d{11}(\.\d+)?")
+# STRING puts the taxon before the id: 9606.ENSP00000269305
+_ENSEMBL = re.compile(r"(\d+\.)?ENS[A-Z]{0,5}[GTP]\d{11}(\.\d+)?")
 _ENTREZ = re.compile(r"\d+")
 
 

@@ -42,7 +42,7 @@ class KnowledgeGraph:
         self.nodes, position = np.unique(given, return_inverse=True)
         if len(self.nodes) < len(given):
             raise DataError(f"Graph {name!r} names {len(given) - len(self.nodes)} genes twice; every node is one gene.")
-        source, target = np.asarray(src, np.int64), np.asarray(dst, np.int64)
+        source, target = _indices(src, "src"), _indices(dst, "dst")
         weight = None if weight is None else np.asarray(weight, np.float32)
         sign = None if sign is None else np.asarray(sign, np.int8)
         for values, what in ((target, "dst"), (weight, "weight"), (sign, "sign")):
@@ -242,3 +242,11 @@ class KnowledgeGraph:
 
     def __repr__(self) -> str:
         return f"KnowledgeGraph({self.describe()})"
+
+
+def _indices(given: Sequence[int] | np.ndarray, what: str) -> np.ndarray:
+    """Return node indices as int64; refuse fractions, which a cast would cut off."""
+    values = np.asarray(given)
+    if values.size and values.dtype.kind not in "iu":
+        raise DataError(f"{what} holds {values.dtype} values; edges name their nodes by whole numbers.")
+    return values.astype(np.int64)

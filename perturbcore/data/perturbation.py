@@ -46,7 +46,8 @@ class Perturbation:
 
         ``control`` is the file's own control label; without it any usual spelling of the control is one. ``known``
         holds the gene names against which ``_`` is judged: a label that is itself known is never split, and one whose
-        parts are not all known stays whole, since ``_`` is legal in a gene name. Raises DataError for a blank label.
+        parts are not all known stays whole, since ``_`` is legal in a gene name. Raises DataError where a label or
+        a part of it is blank.
         """
         label = label.strip()
         if not label:
@@ -61,6 +62,10 @@ class Perturbation:
         for separator in ("+", "|"):
             if separator in label:
                 parts = [part.strip() for part in label.split(separator)]
+                if "" in parts:
+                    raise DataError(
+                        f"Perturbation label {label!r} lacks a gene beside {separator!r}. Correct the label."
+                    )
                 return cls(tuple(part for part in parts if not is_control(part)))
         if "_" in label and label not in known:
             parts = label.split("_")

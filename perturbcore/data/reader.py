@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import textwrap
 from pathlib import Path
 
 import anndata
@@ -117,13 +117,19 @@ def _open(path: Path) -> AnnData:
         reader = anndata.read_h5ad
     try:
         return reader(path)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{str(path)!r} cannot be read as AnnData: {str(error).splitlines()[0]}.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # AnnData stumbles over foreign content in many ways, some with classes of its own
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
+        raise DataError(
+            f"{str(path)!r} cannot be read as AnnData ({reason}). It may be of another program or of a newer anndata: "
+            "update anndata, or write it again with adata.write_h5ad()."
+        ) from error
 
 
 def _in_memory(adata: AnnData) -> np.ndarray | sp.csr_matrix:
     """Return X as float32, dense or CSR."""
     x = adata.X if isinstance(adata.X, np.ndarray) or sp.issparse(adata.X) else adata.to_memory().X
-    if not np.issubdtype(x.dtype, np.number) and x.dtype != bool:
-        raise DataError(f"X holds {x.dtype} values, not numbers.")
+    if x.dtype.kind not in "buif":
+        raise DataError(f"X holds {x.dtype} values, not real numbers.")
     return sp.csr_matrix(x, dtype=np.float32) if sp.issparse(x) else np.asarray(x, np.float32)

@@ -52,7 +52,9 @@ class Scale:
 
     @classmethod
     def from_uns(cls, stored: Mapping[str, Any]) -> Scale:
-        """Read what `to_uns` wrote."""
+        """Read what `to_uns` wrote; DataError for anything else."""
+        if not isinstance(stored, Mapping) or "kind" not in stored:
+            raise DataError(f"uns['perturbcore']['scale'] is {stored!r}, not what perturbcore writes. Remove it.")
         target_sum = stored.get("target_sum")
         return cls(str(stored["kind"]), None if target_sum is None else float(target_sum))  # type: ignore[arg-type]
 

@@ -78,7 +78,8 @@ class Screen:
 
         keys = {"perturbation_key": perturbation_key, "context_key": context_key, "batch_key": batch_key}
         stored = {key: name for key, name in keys.items() if name is not None}
-        kept = {key: said for key, said in adata.uns.get("perturbcore", {}).items() if key not in keys}
+        own = adata.uns.get("perturbcore")
+        kept = {key: said for key, said in own.items() if key not in keys} if isinstance(own, Mapping) else {}
         self.adata.uns["perturbcore"] = kept | stored | {"control_label": control_label, "scale": scale.to_uns()}
 
         self.context_code, self.contexts = self._factor(context_key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,28 +125,36 @@ class Split:
             raise DataError(
                 f'Split {str(path)!r} must hold {{"train": [...], "val": [...], "test": [...]}} of conditions.'
             )
-        parts = {part: [c for text in content[part] for c in _measured(str(text), screen)] for part in PARTS}
+        seed = content.get("seed", 0)
+        if not isinstance(seed, int):
+            raise DataError(f"The seed of split {str(path)!r} is {seed!r}, not a whole number.")
         return cls(
             name=str(content.get("name", Path(path).stem)),
-            seed=int(content.get("seed", 0)),
-            train=tuple(parts["train"]),
-            val=tuple(parts["val"]),
-            test=tuple(parts["test"]),
+            seed=seed,
+            train=_measured(content["train"], screen),
+            val=_measured(content["val"], screen),
+            test=_measured(content["test"], screen),
         )
 
 
-def _measured(text: str, screen: Screen) -> list[Condition]:
-    """Return the measured conditions that ``"A+B"`` or ``"context::A+B"`` names."""
-    context, separator, label = text.rpartition(CONTEXT_SEPARATOR)
+def _measured(texts: Iterable[object], screen: Screen) -> tuple[Condition, ...]:
+    """Return the measured conditions that each ``"A+B"`` (in every context) or ``"context::A+B"`` names."""
     known = {gene for perturbation in screen.perturbations for gene in perturbation.genes}
-    perturbation = Perturbation.parse(label, control=screen.control_label, known=known)
-    if perturbation.is_control:
-        return []  # some split files list the control among what trains; controls belong to no part
-    found = [c for c in screen.conditions if c.perturbation == perturbation and (not separator or c.context == context)]
-    if not found:
-        choices = map(str, screen.conditions if separator else screen.perturbations)
-        raise DataError(f"The split names {text!r}, which this screen did not measure.{suggest(text, choices)}")
-    return found
+    conditions_of: dict[Perturbation, list[Condition]] = {}
+    for condition in screen.conditions:
+        conditions_of.setdefault(condition.perturbation, []).append(condition)
+    named: list[Condition] = []
+    for text in map(str, texts):
+        context, separator, label = text.rpartition(CONTEXT_SEPARATOR)
+        perturbation = Perturbation.parse(label, control=screen.control_label, known=known)
+        if perturbation.is_control:
+            continue  # some split files list the control among what trains; controls belong to no part
+        found = [c for c in conditions_of.get(perturbation, ()) if not separator or c.context == context]
+        if not found:
+            choices = map(str, screen.conditions if separator else screen.perturbations)
+            raise DataError(f"The split names {text!r}, which this screen did not measure.{suggest(text, choices)}")
+        named += found
+    return tuple(named)
 
 
 def unseen_perturbation(
