@@ -261,7 +261,10 @@ def test_predictions_that_do_not_fit_are_refused(screen, split, predictions):
         f"no obs column '{key}'": change(good, obs=good.obs.drop(columns=key)),
         f"without a label in obs column '{key}'": change(good, obs=unlabelled),
         "bring both to one scale": change(good, uns=other_sum),
-        "is raw counts, the screen is log1p": change(good, uns=counts),
+        "is raw counts, the screen is log1p": change(good, X=np.ceil(good.X), uns=counts),
+        "'model': X was declared to be counts": change(good, uns=counts),
+        "'model': X was declared to be log1p .* whole number": change(good, X=np.ceil(good.X)),
+        "'model': X was declared to be log1p .* values reach": change(good, X=good.X * 20),
         "'model': X holds .* negative values": change(good, X=good.X - 1),
         "non-finite values": change(good, X=np.where(good.X > 1, np.nan, good.X)),
         "lacks line": good[good.obs[key] != screen.label(split.test[0].perturbation)].copy(),
@@ -278,6 +281,8 @@ def test_predictions_that_do_not_fit_are_refused(screen, split, predictions):
 def test_impossible_questions_are_refused(screen, split, predictions):
     with pytest.raises(DataError, match="There is no prediction"):
         evaluate(screen, {}, split)
+    with pytest.raises(DataError, match="another name"):
+        evaluate(screen, {"real": predictions["good"]}, split)
     with pytest.raises(DataError, match="not measured in the screen"):
         evaluate(screen, predictions, conditions=[Condition("line1", Perturbation(("NOPE",)))])
     with pytest.raises(DataError, match="no condition to score"):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbcore.data import Condition, DataError, Screen, Split
-from perturbcore.data.scale import check_values, declared_scale, resolve_scale
+from perturbcore.data.errors import listed
+from perturbcore.data.scale import check_values, resolve_scale
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,7 +25,7 @@ def align(name: str, prediction: AnnData, real: Screen) -> Screen:
 
     Raises:
         DataError: an obs column, a label or X is missing; genes are duplicated or not the same set; a value is negative
-            or not finite; the scale is not that of `real`.
+            or not finite; the scale contradicts the values or is not that of `real`.
     """
     keys = [real.perturbation_key, *([real.context_key] if real.context_key else [])]
     for key in keys:
@@ -43,7 +44,7 @@ def align(name: str, prediction: AnnData, real: Screen) -> Screen:
     aligned.obs = obs
     try:
         check_values(aligned.X, prediction.obs_names.to_numpy(), real.genes)
-        scale, _ = declared_scale(prediction.uns) or resolve_scale(aligned.X, "auto", prediction.uns)
+        scale, _ = resolve_scale(aligned.X, "auto", prediction.uns)
     except DataError as error:
         raise DataError(f"Prediction {name!r}: {error}") from error
     own, wanted = scale.target_sum, real.scale.target_sum
@@ -77,12 +78,12 @@ def conditions_to_judge(
         raise DataError("There is no condition to score; give conditions=, a split, or predictions of perturbed cells.")
     measured = set(real.conditions)
     if unknown := sorted(conditions - measured):
-        raise DataError(f"{_names(unknown)} cannot be scored: not measured in the screen.")
+        raise DataError(f"{listed(unknown, NAMED)} cannot be scored: not measured in the screen.")
     if bare := sorted({c.context for c in conditions if not len(real.controls(c.context))}):
-        raise DataError(f"No response can be measured in {_names(bare)}: no control cells there.")
+        raise DataError(f"No response can be measured in {listed(bare, NAMED)}: no control cells there.")
     for name, screen in predicted.items():
         if missing := sorted(conditions - set(screen.conditions)):
-            raise DataError(f"Prediction {name!r} lacks {_names(missing)}; predict every condition that is scored.")
+            raise DataError(f"Prediction {name!r} lacks {listed(missing, NAMED)}; predict all conditions to be scored.")
     return tuple(sorted(conditions))
 
 
@@ -93,11 +94,6 @@ def _gene_columns(name: str, genes: NDArray[np.str_], wanted: NDArray[np.str_]) 
     missing = [gene for gene in wanted if gene not in column]
     extra = sorted(column.keys() - set(wanted))
     if missing or extra:
-        parts = [f"lacks {_names(missing)}"] * bool(missing) + [f"adds {_names(extra)}"] * bool(extra)
+        parts = [f"lacks {listed(missing, NAMED)}"] * bool(missing) + [f"adds {listed(extra, NAMED)}"] * bool(extra)
         raise DataError(f"Prediction {name!r} has other genes than the screen: it {' and '.join(parts)}.")
     return np.array([column[gene] for gene in wanted], dtype=np.int64)
-
-
-def _names(things: Sequence[object]) -> str:
-    shown = ", ".join(str(thing) for thing in things[:NAMED])
-    return shown + (f" and {len(things) - NAMED} more" if len(things) > NAMED else "")

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from perturbcore.metrics.comparison import Comparison, Values
-from perturbcore.metrics.delta import INFINITY, RESOLUTION, row_correlation
+from perturbcore.metrics.delta import INFINITY, RESOLUTION, row_correlation, top_correlation
 from perturbcore.metrics.discrimination import Distance, pairwise_distance
 from perturbcore.metrics.registry import register
 
@@ -31,12 +31,7 @@ def systema_pearson(comparison: Comparison) -> Values:
 def systema_pearson_top20(comparison: Comparison) -> Values:
     """As `systema_pearson`, over the 20 measured DE genes of largest |log2 fold change|; NaN with fewer than three."""
     pred, real = _against_training(comparison)
-    value = np.full(comparison.num_perturbations, np.nan)
-    for row, ranked in enumerate(comparison.ranked_real):
-        top = ranked[:TOP_DE]
-        if len(top) >= 3:
-            value[row] = row_correlation(pred[row : row + 1, top], real[row : row + 1, top])[0]
-    return value
+    return top_correlation(pred, real, comparison.ranked_real, TOP_DE)
 
 
 @register(best=1, low=0, high=1)

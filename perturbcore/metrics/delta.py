@@ -65,14 +65,7 @@ def pearson_delta_top(comparison: Comparison, k: int) -> Values:
 
     NaN with fewer than three DE genes: a line through two points correlates by construction.
     """
-    value = np.full(comparison.num_perturbations, np.nan)
-    for row, ranked in enumerate(comparison.ranked_real):
-        top = ranked[:k]
-        if len(top) >= 3:
-            value[row] = row_correlation(
-                comparison.delta_pred[row : row + 1, top], comparison.delta_real[row : row + 1, top]
-            )[0]
-    return value
+    return top_correlation(comparison.delta_pred, comparison.delta_real, comparison.ranked_real, k)
 
 
 for _k in (20, 50, 100):
@@ -118,6 +111,15 @@ def row_correlation(x: Values, y: Values) -> Values:
     with np.errstate(divide="ignore", invalid="ignore"):
         value = np.clip((x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)), -1.0, 1.0)
     value[undefined] = np.nan
+    return value
+
+
+def top_correlation(x: Values, y: Values, ranked: list[NDArray[np.int64]], k: int) -> Values:
+    """Pearson correlation of each row of x with that row of y over the first k ranked columns; NaN for fewer than 3."""
+    value = np.full(len(x), np.nan)
+    for row, columns in enumerate(ranked):
+        if len(top := columns[:k]) >= 3:
+            value[row] = row_correlation(x[row : row + 1, top], y[row : row + 1, top])[0]
     return value
 
 

@@ -14,7 +14,7 @@ from perturbcore.metrics.align import align, conditions_to_judge
 from perturbcore.metrics.comparison import Comparison, Values
 from perturbcore.metrics.de import DETable, differential_expression
 from perturbcore.metrics.registry import METRICS
-from perturbcore.metrics.scores import Scores, draw_weights, interval, weighted_mean
+from perturbcore.metrics.scores import MEASURED, Scores, draw_weights, interval, weighted_mean
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -51,6 +51,8 @@ def evaluate(
         raise DataError("Metrics need log1p expression, but the screen holds counts; normalise it first.")
     if not predictions:
         raise DataError("There is no prediction to score.")
+    if MEASURED in predictions:
+        raise DataError(f"{MEASURED!r} names the measured responses; give that model another name.")
     predicted = {name: align(name, prediction, real) for name, prediction in predictions.items()}
     judged = conditions_to_judge(real, predicted, split, conditions)
     by_context = {
@@ -117,7 +119,7 @@ def score(compared: Mapping[str, list[Comparison]], *, notes: list[str] | None =
     return Scores(
         per_perturbation=pd.concat(detail, ignore_index=True),
         scores=pd.DataFrame(summary),
-        deltas={"real": np.concatenate([c.delta_real for c in first])}
+        deltas={MEASURED: np.concatenate([c.delta_real for c in first])}
         | {model: np.concatenate([c.delta_pred for c in comparisons]) for model, comparisons in compared.items()},
         conditions=conditions,
         genes=first[0].genes,

@@ -16,6 +16,7 @@ from perturbcore.metrics.registry import METRICS
 
 RESAMPLES = 1000
 COVERAGE = 0.95
+MEASURED = "real"  # the key of the measured responses among those of the models
 
 
 class Paired(NamedTuple):
@@ -52,7 +53,7 @@ class Scores:
     @property
     def models(self) -> tuple[str, ...]:
         """Names of the models scored, in the order given."""
-        return tuple(name for name in self.deltas if name != "real")
+        return tuple(name for name in self.deltas if name != MEASURED)
 
     def table(self) -> pd.DataFrame:
         """Mean scores, models as rows and metrics as columns."""
