@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import cast
 
 import scipy.sparse
 import torch
@@ -157,7 +156,7 @@ def build_gatv2(num_nodes: int, degree: int, heads: int, channels: int, backward
     inputs = (on_lattice(u), on_lattice(v, 1 / 512), att)
 
     def ours(u: Tensor, v: Tensor, att: Tensor) -> Tensor:
-        return cast(Tensor, ops.gatv2(graph, u, v, att))
+        return ops.gatv2(graph, u, v, att)
 
     def eager(u: Tensor, v: Tensor, att: Tensor) -> Tensor:
         sent = u[src]  # [E, H, C]
