@@ -52,6 +52,8 @@ def test_predictions_carry_names_labels_and_scale(screen: Screen, tmp_path: Path
     blocks = [(c, np.full((n, screen.num_genes), n, np.float32)) for c, n in ((known, 2), (new, 3))]
     pred = predictions(screen, blocks, model="mine", extra_uns={"note": "x"})
     assert list(pred.var_names) == list(screen.genes)
+    assert "batch_key" in screen.adata.uns["perturbcore"]
+    assert "batch_key" not in pred.uns["perturbcore"]
     assert pred.obs["perturbation"].tolist() == [str(known.perturbation)] * 2 + ["ALSO+NEW"] * 3
     assert pred.obs["cell_line"].tolist() == ["line1"] * 2 + ["line2"] * 3
     assert pred.uns["perturbcore"]["model"] == "mine"

@@ -208,6 +208,8 @@ def test_direction_comes_from_the_column_or_is_assumed_aloud(capsys: pytest.Capt
     kinds = ["control", "CRISPRa", "CRISPRi"] * 4
     found = read(screen(perturbation_type=kinds))
     assert [found.direction[found.cells(c)[0]] for c in found.conditions] == [1, -1]
+    named = read(screen(kind=kinds), direction="kind", verbose=False)  # what stands beside a control does not count
+    np.testing.assert_array_equal(named.direction, found.direction)
     assert (read(screen()).direction == -1).all()
     assert "assumed: no column 'perturbation_type'" in capsys.readouterr().out
     assert (read(screen(), direction=1).direction == 1).all()

@@ -80,6 +80,12 @@ def test_fingerprint_sees_values_labels_and_names() -> None:
     assert hand_made(direction=1).fingerprint != screen.fingerprint
     assert hand_made(context=None).fingerprint != screen.fingerprint
     assert hand_made(context="lane", batch="cell_type").fingerprint != screen.fingerprint
+    renamed = screen.adata.copy()
+    renamed.var_names = ["g1", "g2", "g4"]
+    assert read(renamed, batch="lane", verbose=False).fingerprint != screen.fingerprint
+    moved = screen.adata.copy()
+    moved.obs["lane"] = moved.obs["lane"].to_numpy()[::-1]
+    assert read(moved, batch="lane", verbose=False).fingerprint != screen.fingerprint
     swapped = screen.adata.copy()
     swapped.obs["cell_type"] = ["h", *LINES[1:5], "k", *LINES[6:]]
     assert read(swapped, batch="lane", verbose=False).fingerprint != screen.fingerprint

@@ -44,6 +44,12 @@ def test_measured_responses_follow_the_truth(simulation: Simulation) -> None:
     np.testing.assert_array_equal(responder, truth["effect"] != 0)
 
 
+def test_cell_lines_run_one_wiring_at_their_own_strength(simulation: Simulation) -> None:
+    first, second = np.split(simulation.screen.adata.uns["truth"]["effect"], 2)  # conditions are sorted by cell line
+    np.testing.assert_array_equal(np.sign(first), np.sign(second))
+    assert not np.allclose(first, second)
+
+
 def test_halves_of_the_cells_agree(simulation: Simulation) -> None:
     screen = simulation.screen.normalise()
 

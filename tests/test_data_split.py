@@ -54,7 +54,7 @@ def test_the_same_seed_gives_the_same_split_and_another_seed_another(screen: Scr
 
 def test_testing_in_one_context_still_holds_out_in_all(screen: Screen) -> None:
     made = make_split("unseen_perturbation", screen, context="line2", seed=4)
-    assert {c.context for c in made.test} == {"line2"}
+    assert {c.context for c in made.test} == {c.context for c in made.val} == {"line2"}
     assert {c.context for c in made.train} == {"line1", "line2", "line3"}
     assert {c.perturbation for c in made.test}.isdisjoint(c.perturbation for c in made.train)
 

@@ -177,6 +177,13 @@ def test_auc_equal_plain_definitions():
         assert value("pr_auc", comparison)[row] == pytest.approx(np.mean(at_hit))
 
 
+def test_an_fdr_of_zero_is_the_surest_call():
+    calls = compare(
+        [[0.0] * 4], [[0.0] * 4], de_real=table([3, 2, 1, 0], [0, 1, 1, 1.0]), de_pred=table([0] * 4, [0, 1e-9, 0.5, 1])
+    )
+    assert value("roc_auc", calls) == value("pr_auc", calls) == 1
+
+
 def test_number_of_de_genes_correlates_over_perturbations():
     comparison = random_comparison(5)
     silent = comparison.de_real.fdr.copy()
@@ -230,6 +237,7 @@ def test_centroid_accuracy_and_perturbench_rank_equal_plain_loops():
 
 def test_systema_measures_against_the_training_centroid():
     comparison = random_comparison(9)
+    comparison = replace(comparison, control_real=np.random.default_rng(9).random(len(comparison.genes)))
     centroid = comparison.control_real + comparison.train_delta_mean
     for row in range(comparison.num_perturbations):
         pred, real = comparison.pred[row] - centroid, comparison.real[row] - centroid
