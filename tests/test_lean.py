@@ -1,4 +1,4 @@
-"""The promise that memory is inputs, outputs and what a docstring states: never edges × features or pairs × features."""
+"""Memory is inputs, outputs and what a docstring states: never edges × features, never pairs × features."""
 
 import subprocess
 import sys
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory as Linux tells it")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="reads peak memory as Linux tells it"
+)
 
 # Each call is made twice, so that what is measured is not the compilation. `inner` is the size in bytes of the tensor
 # that must not exist, `own` that of the results, the gradients and the arrays that the docstring states.

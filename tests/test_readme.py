@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
 from perturbcore import simulate
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
