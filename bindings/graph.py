@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
@@ -72,6 +73,7 @@ def gatv2(
     for name, value, shape in (("v", v, u.shape), ("att", att, u.shape[1:])):
         if value.shape != shape:
             raise _refuse(name, value, str(list(shape)))
+    _finite("negative_slope", negative_slope)
     y, lse = _ops.gatv2.default(*_csr(graph), u, v, att, float(negative_slope))
     if not return_attention:
         return cast(Tensor, y)
@@ -112,9 +114,9 @@ def gated_pool(
 
     ``a`` [N, k], ``q`` [B, k], ``w`` and ``bias`` [k], ``h`` [N, D]; ``candidates`` is None for all nodes, or CSR (ptr
     [B + 1], idx [nnz]) of the nodes that each query may choose. Returns pooled [B, D], gate and score [B, N] or [nnz],
-    all differentiable. float32 or float64. Works on one more array of the size of score, with candidates two; gate and
-    noise are made again in the backward pass. Source: the selection of AdaPert (arXiv 2602.18885, section 3.3),
-    factorised.
+    all differentiable. float32 or float64. Works on one more array of the size of score, with candidates on two, and in
+    the backward pass on their order by node (int64); gate and noise are made again there. Source: the selection of
+    AdaPert (arXiv 2602.18885, section 3.3), factorised.
     """
     _choose("pool", pool, ("sqrt", "sum", "mean"))
     a = _values("a", a, None, None)
@@ -136,7 +138,8 @@ def gated_pool(
         raise ValueError(f"tau is {tau}; expected a finite number above 0.")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}; expected a number between 0 and 1.")
-    if seed is not None and not -(2**63) <= seed < 2**63:
+    _finite("negative_slope", negative_slope)
+    if seed is not None and not (isinstance(seed, Integral) and -(2**63) <= seed < 2**63):
         raise ValueError(f"seed is {seed}; expected an integer of 64 bits.")
     ptr, idx = _candidates(candidates, q.shape[0], a.device)
     pooled, gate, score, _ = _ops.gated_pool.default(
@@ -182,6 +185,11 @@ def _values(name: str, value: Tensor, device: torch.device | None, dtype: torch.
 def _choose(name: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, options))}.")
+
+
+def _finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; expected a finite number.")
 
 
 def _refuse(name: str, value: Tensor, expected: str) -> ValueError:

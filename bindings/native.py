@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from perturbcore.bindings.backend import BackendError
+from perturbcore.kernels.graph.reference import spmm_batch
 from torch import Tensor
 
 ABI_VERSION = 1
@@ -85,18 +86,24 @@ def _float32(name: str, values: Tensor) -> Tensor:
     return values.contiguous()
 
 
-def _spmm(rowptr: Tensor, col: Tensor, edge: Tensor | None, weight: Tensor | None, x: Tensor) -> Tensor:
+def _int32(name: str, index: Tensor, device: torch.device) -> Tensor:
+    if index.dtype != torch.int32 or index.device != device:
+        raise ValueError(f"{name} is {index.dtype} on {index.device}; expected torch.int32 on {device}.")
+    return index.contiguous()
+
+
+def _spmm(rowptr: Tensor, col: Tensor, edge: Tensor | None, weight: Tensor | None, x: Tensor, batch: int) -> Tensor:
     x = _float32("x", x)
     weight = None if weight is None else _float32("weight", weight)
-    batch = max(x.shape[0], 1 if weight is None else weight.shape[0])
     rows, edges, (_, cols, features) = rowptr.numel() - 1, col.numel(), x.shape
     out = x.new_empty(batch, rows, features)
     workspace = x.new_empty(library().perturbcore_spmm_workspace_size(rows, edges, batch, features), dtype=torch.uint8)
-    indices = rowptr.contiguous(), col.contiguous(), None if edge is None else edge.contiguous()
+    rowptr, col = _int32("rowptr", rowptr, x.device), _int32("col", col, x.device)
+    edge = None if edge is None else _int32("t_perm", edge, x.device)
     _call(
         "perturbcore_spmm_f32",
         x.device,
-        *(None if index is None else index.data_ptr() for index in indices),
+        *(rowptr.data_ptr(), col.data_ptr(), None if edge is None else edge.data_ptr()),
         *_strided(weight),
         *_strided(x),
         out.data_ptr(),
@@ -106,11 +113,11 @@ def _spmm(rowptr: Tensor, col: Tensor, edge: Tensor | None, weight: Tensor | Non
     return out
 
 
-def _sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor, results: int) -> Tensor:
+def _sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor, batch: int, results: int) -> Tensor:
     a, b = _float32("a", a), _float32("b", b)
-    rows, edges, batch = rowptr.numel() - 1, col.numel(), max(a.shape[0], b.shape[0])
+    rows, edges = rowptr.numel() - 1, col.numel()
     out = a.new_empty(results, edges)
-    rowptr, col = rowptr.contiguous(), col.contiguous()
+    rowptr, col = _int32("rowptr", rowptr, a.device), _int32("col", col, a.device)
     _call(
         "perturbcore_sddmm_f32",
         a.device,
@@ -119,7 +126,7 @@ def _sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor, results: int) -> T
         *_strided(b),
         out.data_ptr(),
         *(rows, b.shape[1], edges, batch, a.shape[2]),
-        results < batch,
+        results != batch,
     )
     return out
 
@@ -132,7 +139,8 @@ def spmm(
     Arguments as in ``perturbcore.kernels.graph.reference.spmm``. Beside the output it takes a workspace of
     (N + E) / 256 rows of B · D floats. An index out of range is skipped: to refuse it would be to wait for the device.
     """
-    return _spmm(rowptr, col, None, weight, x)
+    batch = spmm_batch(rowptr, col, weight, x)
+    return _spmm(rowptr, col, None, weight, x, batch)
 
 
 def spmm_backward(
@@ -148,10 +156,12 @@ def spmm_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``x`` and ``weight``, in their shapes, from ``grad`` [B, N, D]; empty if not needed."""
+    batch = spmm_batch(rowptr, col, weight, x, t_perm, grad)
+    spmm_batch(t_rowptr, t_col, weight, x, t_perm, grad)
     grad_x, grad_weight = x.new_empty(0), x.new_empty(0)
     if need_x:
-        grad_x = _spmm(t_rowptr, t_col, t_perm, weight, grad)
+        grad_x = _spmm(t_rowptr, t_col, t_perm, weight, grad, batch)
         grad_x = grad_x if x.shape[0] == grad.shape[0] else grad_x.sum(0, keepdim=True)
     if need_weight and weight is not None:
-        grad_weight = _sddmm(rowptr, col, grad, x, weight.shape[0])
+        grad_weight = _sddmm(rowptr, col, grad, x, batch, weight.shape[0])
     return grad_x, grad_weight

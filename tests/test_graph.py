@@ -110,9 +110,31 @@ def test_graph_refuses_matrices():
         ops.Graph.from_torch(torch.eye(3).to_sparse())
 
 
+@pytest.mark.parametrize("towards", [True, False], ids=["into the hub", "out of it"])
+def test_sums_over_a_hub_stay_exact(poisoned, towards):
+    edges = 20_000
+    many, hub = torch.arange(edges) % 50, torch.zeros(edges, dtype=torch.int64)
+    graph = ops.Graph.from_edges(*((many, hub) if towards else (hub, many)), 50)
+    weight, x = normal(edges).abs(), normal(50, 4).abs()
+    grad = torch.ones(50, 4, dtype=torch.float64)
+
+    def pulled(op, *inputs):
+        leaves = [t.requires_grad_() for t in inputs]
+        y = op(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, grad.view(y.shape).to(y.dtype))]
+
+    for op, inputs in (
+        (lambda w, x: ops.spmm(graph, x, w), (weight, x)),
+        (lambda u: ops.gatv2(graph, u, x.to(u.dtype)[:, None], torch.ones(1, 4, dtype=u.dtype)), (x[:, None],)),
+    ):
+        single = pulled(op, *(t.detach().float() for t in inputs))
+        for result, right in zip(single, pulled(op, *(t.detach().float().double() for t in inputs)), strict=True):
+            assert_close(result, right)
+
+
 # ---- spmm
 
-BATCHES = [((), ()), ((3,), ()), ((), (3,)), ((3,), (3,))]
+BATCHES = [((), ()), ((3,), ()), ((), (3,)), ((3,), (3,)), ((0,), ()), ((), (0,))]
 
 
 def test_spmm_by_hand(backend):

@@ -116,12 +116,20 @@ def test_opcheck(name, differentiable):
     torch.library.opcheck(getattr(raw, name).default, tuple(arguments))
 
 
+LAYOUTS = {
+    "every second number": lambda t: torch.stack([t, t], -1)[..., 1],
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,  # ``empty_like`` keeps this layout
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
-def test_strided_inputs(backend, name):
+def test_inputs_of_any_layout(backend, name, layout):
     op, inputs = cases()[name]
-    strided = [torch.stack([t, t], -1)[..., 1].requires_grad_() for t in inputs]
-    assert not any(t.is_contiguous() for t in strided if t.numel() > 1)
-    dense = requiring_grad(inputs)
+    strided = [LAYOUTS[layout](t).requires_grad_() for t in inputs]
+    assert not any(t.is_contiguous() for t in strided if t.dim() > 1)
+    dense = requiring_grad([t.contiguous() for t in strided])
     results, expected = all_of(op(*strided)), all_of(op(*dense))
     for result, value in zip(results, expected, strict=True):
         assert_close(result, value)
@@ -156,7 +164,8 @@ def test_same_bits_on_one_and_two_threads(poisoned, name):
         shapes = (900, 33), (3, 33), (33,), (900, 21)
         inputs = requiring_grad([normal(*shape, dtype=f32) for shape in shapes])
         candidates = (ptr, idx) if "candidates" in name else None
-        run = lambda: list(ops.gated_pool(*inputs, candidates=candidates, hard=False, seed=1)[1:])  # noqa: E731
+        exact = slice(0 if candidates else 1, 3)  # over all nodes the pooled sum is a product of BLAS
+        run = lambda: list(ops.gated_pool(*inputs, candidates=candidates, hard=False, seed=1)[exact])  # noqa: E731
     before = torch.get_num_threads()
     seen = []
     try:
@@ -170,6 +179,16 @@ def test_same_bits_on_one_and_two_threads(poisoned, name):
         torch.set_num_threads(before)
     for one, two in zip(*seen, strict=True):
         assert one is two is None or torch.equal(one, two)
+
+
+def test_pooling_over_all_nodes_repeats_its_bits():
+    inputs = requiring_grad([normal(*shape, dtype=torch.float32) for shape in ((900, 33), (3, 33), (33,), (900, 21))])
+    seen = []
+    for _ in range(3):
+        pooled = ops.gated_pool(*inputs, seed=1).pooled
+        seen.append([pooled, *torch.autograd.grad(pooled.square().sum(), inputs)])
+    for other in seen[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(seen[0], other, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -226,9 +245,20 @@ def test_second_order_gradients_are_refused(name):
 @pytest.mark.parametrize("name", ["spmm", "gatv2", "gated_pool", "gated_pool, candidates"])
 def test_nan_and_infinity_are_not_lost(backend, name):
     op, inputs = cases(torch.float32)[name]
-    spoilt = [inputs[0].clone(), *inputs[1:]]
-    spoilt[0].view(-1)[-1] = float("nan")
-    assert any(torch.isnan(r).any() for r in all_of(op(*spoilt)))
+    for position in range(len(inputs)):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            spoilt = requiring_grad(inputs)
+            spoilt[position].data.view(-1)[-1] = value
+            exact = requiring_grad([t.double() for t in spoilt])
+            results = all_of(op(*spoilt))
+            with ops.backend("reference"):
+                expected = all_of(op(*exact))
+                slopes = torch.autograd.grad([r.sum() for r in expected], exact)
+            gradients = torch.autograd.grad([r.sum() for r in results], spoilt)
+            for result, right in zip(results, expected, strict=True):
+                assert not (result.isfinite() & ~right.isfinite()).any()
+            for gradient, slope in zip(gradients, slopes, strict=True):  # factorised, so 0 · infinity may come in
+                assert slope.isfinite().all() or not gradient.isfinite().all()
 
 
 def test_gradients_only_where_asked(backend):
@@ -274,6 +304,9 @@ REFUSALS = [
     (ops.gated_pool, POOL, {"tau": 0.0}, r"tau is 0.0; expected a finite number above 0"),
     (ops.gated_pool, POOL, {"threshold": 1.0}, r"threshold is 1.0; expected a number between 0 and 1"),
     (ops.gated_pool, POOL, {"seed": 2**63}, r"seed is 9223372036854775808; expected an integer of 64 bits"),
+    (ops.gated_pool, POOL, {"seed": 1.5}, r"seed is 1.5; expected an integer of 64 bits"),
+    (ops.gated_pool, POOL, {"negative_slope": float("inf")}, r"negative_slope is inf; expected a finite number"),
+    (ops.gatv2, GATV2, {"negative_slope": float("nan")}, r"negative_slope is nan; expected a finite number"),
     (ops.gated_pool, POOL, {"pool": "max"}, r"pool is 'max'"),
     (ops.gated_pool, POOL, {"candidates": CANDIDATES}, r"candidates\[0\] has shape \[4\]; expected \[3\]"),
     (ops.gated_pool, POOL, {"candidates": lists([0, 1, 2], [0, 5])}, r"candidates\[1\] holds the index 5"),
@@ -299,7 +332,9 @@ CORRUPT = {
     "col negative": (1, torch.full((7,), -1, dtype=torch.int32)),
     "t_rowptr falling": (2, torch.tensor([0, 6, 2, 7, 7, 7], dtype=torch.int32)),
     "t_col too large": (3, torch.full((7,), 2**31 - 1, dtype=torch.int32)),
+    "t_col too short": (3, torch.zeros(6, dtype=torch.int32)),
     "t_perm too large": (4, torch.full((7,), 7, dtype=torch.int32)),
+    "t_perm too short": (4, torch.zeros(6, dtype=torch.int32)),
 }
 
 
@@ -307,6 +342,11 @@ CORRUPT = {
 @pytest.mark.parametrize("op", ["spmm_backward", "gatv2_backward"])
 def test_a_corrupt_graph_is_refused_however_it_gets_in(corruption, op):
     position, value = CORRUPT[corruption]
+    if position < 2 and op == "gatv2_backward":
+        attention = list(OPCHECKS["gatv2_attention"])
+        attention[position] = value
+        with pytest.raises(ValueError, match=r"rowptr|col"):
+            raw.gatv2_attention(*attention)
     arguments = list(OPCHECKS[op])
     arguments[position] = value
     with ops.backend("numba"):
@@ -317,6 +357,28 @@ def test_a_corrupt_graph_is_refused_however_it_gets_in(corruption, op):
         if position >= 2 or op == "gatv2_backward":
             with pytest.raises(ValueError, match=r"rowptr|col|t_perm"):
                 getattr(raw, op)(*arguments)
+
+
+CORRUPT_CANDIDATES = {
+    "ptr beyond the entries": (4, torch.tensor([0, 3, 3, 900])),
+    "ptr falling": (4, torch.tensor([0, 5, 3, 5])),
+    "ptr negative": (4, torch.tensor([-9, 3, 3, 5])),
+    "idx too large": (5, torch.full((5,), 5)),
+    "idx negative": (5, torch.full((5,), -1)),
+}
+
+
+@pytest.mark.parametrize("corruption", CORRUPT_CANDIDATES)
+def test_corrupt_candidates_are_refused_however_they_get_in(backend, corruption):
+    position, value = CORRUPT_CANDIDATES[corruption]
+    forward = list(OPCHECKS["gated_pool"])
+    backward = [*forward, normal(3, 2), normal(5), normal(3).abs() + 1, normal(3, 2), None, normal(5)]
+    raw.gated_pool_backward(*backward)
+    forward[position] = backward[position] = value
+    with pytest.raises(ValueError, match="candidates"):
+        raw.gated_pool(*forward)
+    with pytest.raises(ValueError, match="candidates"):
+        raw.gated_pool_backward(*backward)
 
 
 @pytest.mark.parametrize("name", OPCHECKS)

@@ -36,7 +36,11 @@ def inner(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Call a kernel on as many threads as PyTorch uses; tensors are handed over contiguous, results must be so."""
+    """Call a kernel on as many threads as PyTorch uses.
+
+    Tensors are handed over contiguous, as copies where they are not, so results must be: ``new_empty(shape)`` makes
+    them so, ``empty_like`` keeps the order of the dimensions of a transposed tensor.
+    """
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     numba.set_num_threads(max(1, min(torch.get_num_threads(), most)))
     kernel(*(a.detach().contiguous().numpy() if isinstance(a, Tensor) else a for a in arguments))

@@ -309,7 +309,7 @@ def gated_pool_backward(
     direct = none if grad_gate is None else grad_gate, none if grad_score is None else grad_score
     slope = scalar(negative_slope, a)
     noise = _noise_options(a, tau, hard, seed, threshold, weighted)
-    grad_a, sum_w = torch.empty_like(a), a.new_empty(PARTS, a.shape[1])
+    grad_a, sum_w = a.new_empty(a.shape), a.new_empty(PARTS, a.shape[1])
 
     grad_sum, grad_size = norm_backward(grad_pooled, pooled, size, pool)
     if ptr is None or idx is None:
@@ -321,12 +321,7 @@ def gated_pool_backward(
         )  # fmt: skip
         sum_q, grad_h = sum_q.sum(0), share.T @ grad_sum
     else:
-        step, share, sum_q, grad_h = (
-            torch.empty_like(score),
-            torch.empty_like(score),
-            torch.empty_like(q),
-            torch.empty_like(h),
-        )
+        step, share, sum_q, grad_h = (a.new_empty(t.shape) for t in (score, score, q, h))
         run(
             _ragged_by_query, a, q, h, ptr, idx, slope, *noise,
             score, grad_sum, grad_size, *direct, step, share, sum_q,

@@ -6,12 +6,11 @@ number of threads. Four edges are taken at a time: the row that they add to is t
 
 from __future__ import annotations
 
-import torch
 from numba import prange
 from perturbcore.kernels.common.numba_cpu import first_row, kernel, run
 from perturbcore.kernels.graph.gated_pool_numba_cpu import gated_pool, gated_pool_backward
 from perturbcore.kernels.graph.gatv2_numba_cpu import gatv2, gatv2_attention, gatv2_backward
-from perturbcore.kernels.graph.reference import check_csr, check_index, check_shape
+from perturbcore.kernels.graph.reference import check_csr, check_index, spmm_batch
 from torch import Tensor
 
 __all__ = ["gated_pool", "gated_pool_backward", "gatv2", "gatv2_attention", "gatv2_backward", "spmm", "spmm_backward"]
@@ -94,7 +93,8 @@ def spmm(
 ) -> Tensor:
     """See ``reference.spmm``; needs nothing beside its result."""
     weight = x.new_ones(1, col.shape[0]) if weight is None else weight
-    batch = _check(rowptr, col, weight, x)
+    batch = spmm_batch(rowptr, col, weight, x)
+    check_csr(rowptr, col, x.shape[1], ("rowptr", "col"))
     y = x.new_empty(batch, *x.shape[1:])
     run(_spmm, rowptr, col, weight, x, y)
     return y
@@ -115,26 +115,17 @@ def spmm_backward(
     """See ``reference.spmm_backward``; the gradient of ``x`` alone is the product with the transpose."""
     given = weight is not None
     weight = x.new_ones(1, col.shape[0]) if weight is None else weight
-    batch = _check(t_rowptr, t_col, weight, x)
-    check_shape("grad", grad, (batch, *x.shape[1:]))
-    check_index("t_perm", t_perm, col.shape[0])
+    batch = spmm_batch(t_rowptr, t_col, weight, x, t_perm, grad)
+    check_csr(t_rowptr, t_col, x.shape[1], ("t_rowptr", "t_col"))
+    check_index("t_perm", t_perm, weight.shape[1])
     if need_weight and given:
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        grad_weight = weight.new_zeros(weight.shape)
+        grad_x = x.new_empty(x.shape) if batch else x.new_zeros(x.shape)  # an empty batch has no task to write it
         run(_spmm_backward, t_rowptr, t_col, t_perm, weight, x, grad, grad_x, grad_weight)
         return grad_x if need_x else x.new_empty(0), grad_weight
     grad_x = x.new_empty(0)
     if need_x:
-        grad_x = torch.empty_like(grad)
+        grad_x = grad.new_empty(grad.shape)
         run(_spmm, t_rowptr, t_col, weight.index_select(1, t_perm), grad, grad_x)
         grad_x = grad_x if x.shape[0] == batch else grad_x.sum(0, keepdim=True)
     return grad_x, x.new_empty(0)
-
-
-def _check(ptr: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> int:
-    """Refuse what a kernel would read out of bounds; return the batch size."""
-    nodes = ptr.shape[0] - 1
-    check_csr(ptr, index, nodes, ("rowptr", "col"))
-    batch = x.shape[0] if weight.shape[0] == 1 else weight.shape[0]
-    check_shape("weight", weight, (weight.shape[0], index.shape[0]))
-    check_shape("x", x, (x.shape[0] if x.shape[0] == 1 else batch, nodes, x.shape[-1]))
-    return batch

@@ -42,6 +42,29 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}.")
 
 
+def spmm_batch(
+    ptr: Tensor,
+    index: Tensor,
+    weight: Tensor | None,
+    x: Tensor,
+    perm: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> int:
+    """Refuse operands of ``spmm``, or of its backward pass, that do not fit the graph; return the batch size."""
+    nodes, edges = x.shape[1], index.shape[0]
+    batch = x.shape[0] if weight is None or weight.shape[0] == 1 else weight.shape[0]
+    check_shape("rowptr", ptr, (nodes + 1,))
+    check_shape("col", index, (edges,))
+    if perm is not None:
+        check_shape("t_perm", perm, (edges,))
+    if weight is not None:
+        check_shape("weight", weight, (weight.shape[0], edges))
+    check_shape("x", x, (x.shape[0] if x.shape[0] == 1 else batch, nodes, x.shape[-1]))
+    if grad is not None:
+        check_shape("grad", grad, (batch, *x.shape[1:]))
+    return batch
+
+
 def rows(ptr: Tensor) -> Tensor:
     """Return the row of every entry of a CSR structure, int64 [E]."""
     return torch.repeat_interleave(torch.arange(ptr.numel() - 1, device=ptr.device), ptr.diff())

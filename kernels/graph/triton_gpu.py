@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from perturbcore.kernels.graph.reference import spmm_batch
 from torch import Tensor
 
 BLOCK_EDGES = 16
@@ -124,13 +125,11 @@ def _stride(values: Tensor | None) -> int:
 
 
 def _spmm(
-    rowptr: Tensor, col: Tensor, edge: Tensor | None, weight: Tensor | None, x: Tensor, results: int | None = None
+    rowptr: Tensor, col: Tensor, edge: Tensor | None, weight: Tensor | None, x: Tensor, batch: int, results: int
 ) -> Tensor:
     """Return the product for every batch element, [B, N, D], or its sum over the batch where ``results`` is 1."""
     x = x.contiguous()
     weight = None if weight is None else weight.contiguous()
-    batch = max(x.shape[0], 1 if weight is None else weight.shape[0])
-    results = batch if results is None else results
     rows, features, blocks = rowptr.numel() - 1, x.shape[2], _blocks(x)
     out = x.new_empty(results, rows, features)
     if out.numel():
@@ -144,10 +143,10 @@ def _spmm(
     return out
 
 
-def _sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor, results: int) -> Tensor:
+def _sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor, batch: int, results: int) -> Tensor:
     """Return ⟨a[b, i], b[b, j]⟩ on every edge j → i, [B, E], or its sum over the batch where ``results`` is 1."""
     a, b = a.contiguous(), b.contiguous()
-    rows, features, batch = rowptr.numel() - 1, a.shape[2], max(a.shape[0], b.shape[0])
+    rows, features = rowptr.numel() - 1, a.shape[2]
     out = a.new_empty(results, col.numel())
     if out.numel():
         _sddmm_kernel[(results * rows,)](
@@ -162,7 +161,8 @@ def spmm(
     rowptr: Tensor, col: Tensor, t_rowptr: Tensor, t_col: Tensor, t_perm: Tensor, weight: Tensor | None, x: Tensor
 ) -> Tensor:
     """Return y[b, i] = Σ over edges e: j → i of weight[b, e] · x[b, j], [B, N, D], summed in float32 or wider."""
-    return _spmm(rowptr, col, None, weight, x)
+    batch = spmm_batch(rowptr, col, weight, x)
+    return _spmm(rowptr, col, None, weight, x, batch, batch)
 
 
 def spmm_backward(
@@ -178,9 +178,11 @@ def spmm_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``x`` and ``weight``, in their shapes, from ``grad`` [B, N, D]; empty if not needed."""
+    batch = spmm_batch(rowptr, col, weight, x, t_perm, grad)
+    spmm_batch(t_rowptr, t_col, weight, x, t_perm, grad)
     grad_x, grad_weight = x.new_empty(0), x.new_empty(0)
     if need_x:
-        grad_x = _spmm(t_rowptr, t_col, t_perm, weight, grad, x.shape[0])
+        grad_x = _spmm(t_rowptr, t_col, t_perm, weight, grad, batch, x.shape[0])
     if need_weight and weight is not None:
-        grad_weight = _sddmm(rowptr, col, grad, x, weight.shape[0])
+        grad_weight = _sddmm(rowptr, col, grad, x, batch, weight.shape[0])
     return grad_x, grad_weight

@@ -35,6 +35,8 @@ CASES = [
     (6, 0, 4, (2,), (2,), "sum"),
     (0, 0, 4, (), (), "sum"),
     (4, 9, 0, (2,), (), "sum"),
+    (4, 9, 3, (), (0,), "sum"),
+    (4, 9, 3, (0,), (), "sum"),
 ]
 
 
@@ -75,6 +77,20 @@ def test_a_corrupt_structure_is_neither_read_nor_written_through():
     y = triton_gpu.spmm(graph.rowptr, col, graph.t_rowptr, graph.t_col, graph.t_perm, weight, x)
     legal = torch.stack([(part == 0).sum() for part in col.split(graph.rowptr.diff().tolist())])
     assert (y[0] == legal[:, None]).all()  # only the edges from node 0 point inside
+
+
+@pytest.mark.parametrize("short", ["col", "t_perm", "weight", "x", "grad"])
+def test_a_tensor_that_is_too_short_is_refused(short):
+    graph = random_graph(5, 30)
+    given = {name: getattr(graph, name) for name in ("rowptr", "col", "t_rowptr", "t_col", "t_perm")}
+    given |= {"weight": torch.ones(1, 30), "x": torch.ones(1, 5, 3), "grad": torch.ones(1, 5, 3)}
+    given[short] = given[short][..., :-1] if short in ("col", "t_perm", "weight") else given[short][:, :-1]
+    with pytest.raises(ValueError, match=r" has shape \["):
+        triton_gpu.spmm_backward(*given.values(), True, True)
+    if short not in ("t_perm", "grad"):
+        given.pop("grad")
+        with pytest.raises(ValueError, match=r" has shape \["):
+            triton_gpu.spmm(*given.values())
 
 
 def test_random_words_equal_the_reference():
