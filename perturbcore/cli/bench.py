@@ -16,7 +16,12 @@ def bench(
 ) -> None:
     """Time our kernels against what people use today: same run, same work, and whether the results agree."""
     from perturbcore.benches import main
+    from perturbcore.benches.registry import select
 
+    try:
+        select(case or [""])
+    except ValueError as unknown:
+        raise typer.BadParameter(str(unknown)) from unknown
     arguments = [f"--threads={threads}", f"--budget={budget}", *(f"--case={name}" for name in case or ())]
     arguments += ["--list"] * list_cases + ["--json"] * as_json
     raise typer.Exit(main(arguments) or 0)
