@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from perturbcore.metrics import Scores
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results; must be new or empty.")]
-HEADLINES = {
+COLUMNS = {  # of the table printed at the end, in this order
     "pearson_delta": "Pearson Δ",
     "discrimination_score_l1": "discrimination",
     "mae_delta": "MAE of Δ",
@@ -134,9 +134,9 @@ def _print_scores(scores: Scores, out: Path, as_json: bool) -> None:
         print(json.dumps({"out": str(out), "report": str(out / "report.html"), "scores": rows, "skipped": skipped}))
         return
     table = scores.table()
-    columns = [name for name in HEADLINES if name in table]
+    columns = [name for name in COLUMNS if name in table]
     width = max(map(len, table.index)) + 2
-    print("\n" + " " * width + "  ".join(f"{HEADLINES[name]:>14}" for name in columns))
+    print("\n" + " " * width + "  ".join(f"{COLUMNS[name]:>14}" for name in columns))
     for model, row in table[columns].iterrows():
         print(f"{model:<{width}}" + "  ".join(f"{value:>14.3f}" if value == value else f"{'-':>14}" for value in row))
     for name, reason in skipped.items():
