@@ -38,6 +38,7 @@ from perturbcore.metrics.verdict import HEADLINES
 from perturbcore.models import BASELINES, MODELS
 from perturbcore.models.base import Model
 from perturbcore.report import write as write_report
+from perturbcore.training import METRICS as EPOCHS
 from perturbcore.training import write_atomic
 
 if TYPE_CHECKING:
@@ -190,12 +191,15 @@ def claim(out: Path, *, replace_job: str | None = None) -> None:
     try:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise OutputExists(f"{out} is not empty. Choose another folder with --out, or remove it first.") from None
+        resume = ", go on with it (perturbcore fit --resume)" if (out / EPOCHS).exists() else ""
+        held = "holds an interrupted fit" if resume else "is not empty"
+        raise OutputExists(f"{out} {held}. Choose another folder with --out{resume}, or remove it first.") from None
+    started = manifest.get("started", "")
     if replace_job is not None and manifest.get("job") == replace_job:
         shutil.rmtree(out)
         return
     raise OutputExists(
-        f"{out} already holds a run of {manifest.get('started', 'unknown date')[:10]}. "
+        f"{out} already holds a run{f' of {started[:10]}' if started else ''}. "
         "Choose another folder with --out, or remove it first."
     )
 

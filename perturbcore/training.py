@@ -121,7 +121,7 @@ def train(
     state, best = Progress(), _copy(module.state_dict())
     records: list[dict[str, Any]] = []
     folder = None if run_dir is None else Path(run_dir)
-    configuration = json.loads(json.dumps({"seed": seed, **configuration}))
+    configuration = {"seed": seed, **configuration}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         if resume and (folder / CHECKPOINT).exists():
@@ -265,9 +265,7 @@ def _restore(
     path: Path, configuration: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Progress, dict[str, Tensor]]:
     tensors, metadata = load_tensors(path)
-    differences = _differences(metadata["configuration"], configuration)
-    if differences:
-        raise RunError(f"{path.parent} cannot be resumed with another configuration: {'; '.join(differences)}")
+    check_same(path.parent, metadata["configuration"], configuration)
     parts: dict[str, dict[str, Tensor]] = {"module": {}, "best": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, rest = name.split(".", 1)
@@ -280,6 +278,16 @@ def _restore(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
     device = next(module.parameters()).device
     return Progress(**metadata["progress"]), {name: tensor.to(device) for name, tensor in parts["best"].items()}
+
+
+def check_same(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that was started with another configuration.
+
+    Raises:
+        RunError: naming every difference.
+    """
+    if found := _differences(was, json.loads(json.dumps(now))):
+        raise RunError(f"{folder} cannot be resumed with another configuration: {'; '.join(found)}")
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -183,9 +183,9 @@ def test_gene_outside_graph_or_embedding_is_named_counted_and_refused_if_strict(
         adata = model.predict(screen, [lost], n_cells=4)
         assert set(adata.obs["fallback"]) == {why}
         assert np.isfinite(np.asarray(adata.X.sum()))
-        assert "1 of 1 perturbations lack an input" in capsys.readouterr().err
+        assert f"falls back for 1 of 1 perturbations, such as {lost}: {why}" in capsys.readouterr().err
         model.config = type(model.config)(**{**vars(model.config), "strict": True})
-        with pytest.raises(MissingInput, match="lacks inputs for 1"):
+        with pytest.raises(MissingInput, match="fall back for 1 of 1"):
             model.predict(screen, [lost])
 
 
@@ -216,6 +216,8 @@ def test_resume_gives_the_bits_of_an_uninterrupted_run(small, data, tiny, tmp_pa
         fit(make(), data, run_dir=tmp_path)
     with pytest.raises(RunError, match=r"align was 1\.0, is 2\.0"):
         fit(make(align=2.0), data, run_dir=tmp_path, resume=True)
+    with pytest.raises(RunError, match="knowledge was"):
+        fit(AdaPert(graph=small.graph, **TINY), data, run_dir=tmp_path, resume=True)
     resumed = fit_to_the_end(make(), data, run_dir=tmp_path, resume=True)
     for (name, a), b in zip(tiny.network.state_dict().items(), resumed.network.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -230,10 +232,14 @@ def test_save_and_load_predict_the_same(tiny, data, tmp_path):
     assert loaded.subgraph([conditions[0].perturbation]).equals(tiny.subgraph([conditions[0].perturbation]))
 
 
-def test_paper_preset_trains_on_cells_and_predicts(small, data):
+def test_paper_preset_trains_on_cells_and_predicts(small, data, tmp_path):
     model = AdaPert(graph=small.graph, embedding=small.embedding, preset="paper", **{**TINY, "epochs": 1})
     assert (model.config.response, model.config.rows, model.config.pool) == ("profile", "cells", "sum")
-    assert np.isfinite(responses(fit(model, data), data[0], list(data[1].test))).all()
+    predicted = responses(fit(model, data), data[0], list(data[1].test))
+    assert np.isfinite(predicted).all()
+    assert model.linear is None
+    model.save(tmp_path)
+    np.testing.assert_array_equal(responses(load(tmp_path), data[0], list(data[1].test)), predicted)
 
 
 def test_unseen_context_and_doubles(small):
@@ -243,13 +249,13 @@ def test_unseen_context_and_doubles(small):
     double = Perturbation(tuple(screen.perturbations[0].genes + screen.perturbations[-1].genes))
     adata = model.predict(screen, [double], n_cells=3)
     assert adata.n_obs == 6
-    parts = model.subgraph([double])
+    parts = model.subgraph([f"line1::{double}", "_".join(double.genes), double])  # all one, as `predict` reads them
     assert set(parts[parts.hops == 0].gene) == set(double.genes)
 
 
 def test_works_without_an_embedding_and_not_without_a_graph(small, data):
     fit(AdaPert(graph=small.graph, **TINY), data)
-    with pytest.raises(MissingInput, match="needs a knowledge graph"):
+    with pytest.raises(MissingInput, match="--knowledge"):
         fit(AdaPert(embedding=small.embedding), data)
 
 

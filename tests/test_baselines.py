@@ -9,7 +9,7 @@ import pytest
 
 from perturbcore.data import Condition, GeneEmbedding, KnowledgeGraph, MissingInput, Perturbation, Scale, Screen, Split
 from perturbcore.models import BASELINES, load
-from perturbcore.models.linear import Rows, adjacency_vectors, fit_ridge
+from perturbcore.models.linear import GeneVectors, LinearResponse, Rows, adjacency_vectors, fit_ridge, left_out_with
 from perturbcore.training import RunError
 
 A, B, C, D, AB = (Perturbation(genes) for genes in (("A",), ("B",), ("C",), ("D",), ("A", "B")))
@@ -76,7 +76,7 @@ def test_perturbation_mean_of_an_unseen_context_is_that_of_all(screen):
 def test_additive_names_what_it_had_to_replace(screen, capsys):
     adata = BASELINES["additive"]().fit(screen, SEEN, progress=False).predict(screen, ["x::D", "x::A"])
     assert set(adata.obs["fallback"]) == {"", "D was never perturbed alone: perturbation mean"}
-    assert "1 of 2 perturbations lack an input" in capsys.readouterr().err
+    assert "falls back for 1 of 2 perturbations, such as D: D was never perturbed alone" in capsys.readouterr().err
 
 
 def test_nearest_neighbour_takes_the_nearest_of_the_context(screen):
@@ -110,6 +110,49 @@ def test_left_out_predictions_are_those_of_a_fit_without_the_group(contexts):
         inner, outer = rows.at(np.flatnonzero(keep)), rows.at(np.flatnonzero(~keep))
         alpha = np.linalg.solve(kernel(inner, inner) + fitted.strength * np.eye(keep.sum()), y[keep])
         np.testing.assert_allclose(left_out[~keep], kernel(outer, inner) @ alpha, atol=1e-8)
+
+
+def test_a_prediction_without_some_rows_is_that_of_a_fit_to_the_others():
+    random = np.random.default_rng(1)
+    rows, new = (Rows(random.normal(size=(n, 3)), np.full(n, "c"), np.ones(n)) for n in (9, 2))
+    y = random.normal(size=(9, 4))
+    fitted, _ = fit_ridge(rows, y, np.arange(9), intercept=10.0)
+    left_out = np.zeros((2, 9), bool)
+    left_out[0, [1, 4, 5]] = True
+    keep = np.flatnonzero(~left_out[0])
+    inner = rows.at(keep)
+    kernel = lambda a, b: a.vectors @ b.vectors.T / fitted.scale + 20.0  # noqa: E731
+    alpha = np.linalg.solve(kernel(inner, inner) + fitted.strength * np.eye(len(keep)), y[keep])
+    found = fitted.without(left_out, new)
+    np.testing.assert_allclose(found[0], (kernel(new, inner) @ alpha)[0], atol=1e-8)
+    np.testing.assert_allclose(found[1], fitted(new)[1], atol=1e-12)
+
+
+def test_what_is_left_out_is_as_new_as_the_test():
+    train = SEEN.train
+    assert left_out_with(train, [Condition("x", D)]) == ["A", "B", "A", "B"]
+    assert left_out_with(train, [Condition("z", A)]) == ["x", "x", "y", "y"]
+    assert left_out_with(train, [Condition("x", A)]) == ["x::A", "x::B", "y::A", "y::B"]
+    assert left_out_with(train[:2], [Condition("z", A)]) == ["x::A", "x::B"]
+
+
+def test_what_shares_a_gene_is_told_apart_from_what_the_vectors_say(screen):
+    singles = split([("x", A), ("x", B), ("y", A), ("y", B)], [("x", C)], [("x", AB)])
+    fitted, others, sharing = LinearResponse.fit(screen, singles, GeneVectors(VECTORS, None))
+    np.testing.assert_allclose(sharing, 0, atol=1e-6)  # no two of the training perturbations share a gene
+    assert others.shape == (4, 3)
+    others, sharing = fitted([Condition("x", AB), Condition("x", C)], np.array([-1, -1]))
+    np.testing.assert_allclose(others[0], 0, atol=1e-6)  # nothing but A and B was measured
+    np.testing.assert_allclose(
+        others[0] + sharing[0], fitted.ridge(fitted.ridge.rows.at(np.array([0, 1]))).sum(0), atol=1e-5
+    )
+    np.testing.assert_allclose(sharing[1], 0, atol=1e-6)
+
+
+def test_neighbours_in_an_unseen_context_are_chosen_across_contexts(screen):
+    new = split([("x", A), ("x", B), ("y", B), ("y", C)], [("x", C)], [("z", A)])
+    model = BASELINES["nearest_neighbour"](embedding=VECTORS).fit(screen, new, progress=False)
+    assert model.k == 1  # the same perturbation in the other line is nearest
 
 
 def test_adjacency_vectors_stand_in_for_an_embedding(screen):

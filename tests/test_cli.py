@@ -94,6 +94,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 def test_wrong_usage_exits_with_2_and_points_to_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--out" in failure(capsys, ["compare", "x.h5ad", "--oout", "y"], code=2)
     assert "See `perturbcore compare --help`" in failure(capsys, ["compare"], code=2)
+    assert "No case has 'nothing'" in failure(capsys, ["bench", "--case", "nothing"], code=2)
     assert "model.field=value" in failure(capsys, ["compare", "x.h5ad", "--set", "adapert"], code=2)
 
 
@@ -263,7 +264,9 @@ def test_predict_with_a_fitted_model(
     assert "no fitted model" in failure(capsys, nowhere)
 
 
-def test_fit_then_predict_gives_what_compare_gave(run: Path, files: Files, tmp_path: Path) -> None:
+def test_fit_then_predict_gives_what_compare_gave(
+    run: Path, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     knowledge = ["--knowledge", str(files.graph), "--embedding", str(files.embedding)]
     fitted = tmp_path / "fitted"
     assert main(["fit", str(files.screen), "--model", "adapert", "--out", str(fitted), *knowledge, *QUICK]) == 0
@@ -275,6 +278,12 @@ def test_fit_then_predict_gives_what_compare_gave(run: Path, files: Files, tmp_p
     again = ["fit", str(files.screen), "--model", "adapert", "--out", str(fitted), *knowledge, *QUICK, *split]
     assert main(again) == 1
     assert main([*again, "--resume"]) == 0
+    other = ["fit", str(files.screen), "--model", "ridge", "--out", str(fitted), *knowledge, *split, "--resume"]
+    assert "model was 'adapert', is 'ridge'" in failure(capsys, other)
+    for complete in ("manifest.json", "config.json"):
+        (fitted / complete).unlink()
+    assert "holds an interrupted fit" in (said := failure(capsys, again))
+    assert "--resume" in said
 
 
 def test_evaluate_repeats_the_scores_of_compare(run: Path, files: Files, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from perturbcore import ops
 from perturbcore.data import Condition, KnowledgeGraph, MissingInput, Perturbation, Screen, Split
-from perturbcore.models.adapert_network import AdaPertNetwork, Interventions, Ragged, Sizes, row_of
+from perturbcore.models.adapert_network import AdaPertNetwork, Interventions, Query, Ragged, Sizes, row_of
 from perturbcore.models.adapert_objective import AdaPertObjective
-from perturbcore.models.base import Model, Shift
-from perturbcore.models.linear import CommonResponse, GeneVectors, KernelRidge, Rows
+from perturbcore.models.base import Model, Shift, parse
+from perturbcore.models.linear import GeneVectors, LinearResponse
 from perturbcore.training import Schedule, train
 
 
@@ -71,6 +71,7 @@ class AdaPert(Model):
 
     * It starts from the response that all perturbations share plus one linear in the gene vectors, both in closed form,
       and learns where the graph lets the linear one through: each shell of candidates has a gain on its selected genes.
+      What perturbations that share a gene add (of a double, its singles) was measured, and is let through as it is.
       The shared one is interpolated between training contexts by the distance of their control profiles, so that an
       unseen context enters only through its controls. In training, each linear response is that of a fit without the
       perturbation at hand.
@@ -121,7 +122,7 @@ class AdaPert(Model):
         self, screen: Screen, split: Split, *, seed: int, run_dir: Path | None, resume: bool, progress: bool
     ) -> None:
         if self.graph is None:
-            raise MissingInput("adapert needs a knowledge graph, and none was given.")
+            raise MissingInput("adapert needs a knowledge graph: give one with --knowledge, or graph= in Python.")
         perturbed = sorted({gene for p in screen.perturbations for gene in p.genes})
         wanted = sorted({*screen.genes.tolist(), *perturbed})
         whole = self._strongest(self.graph)
@@ -138,12 +139,11 @@ class AdaPert(Model):
             validate_every=self.config.validate_every,
             patience=self.config.patience,
         )
-        configuration = {"config": asdict(self.config), "data": screen.fingerprint, "split": split.hash}
         history = train(
             objective,
             schedule,
             seed=seed,
-            configuration=configuration,
+            configuration=self._configuration(),
             run_dir=run_dir,
             resume=resume,
             progress=progress,
@@ -178,7 +178,7 @@ class AdaPert(Model):
             self._text_scale = float(np.sqrt(((text[has_text] - self._text_mean) ** 2).mean())) or 1.0
             text = np.where(has_text[:, None], (text - self._text_mean) / self._text_scale, 0)
         self.open_shells = [True] * (2 * config.hops)
-        self.vectors = GeneVectors(self.embedding, self.graph)
+        self.linear: LinearResponse | None = None
         loop = np.arange(len(nodes))
         sizes = Sizes(
             nodes=len(nodes),
@@ -210,12 +210,6 @@ class AdaPert(Model):
                 dropout=config.dropout,
                 absent=config.absent,
             )
-
-    def _linear(self, conditions: Sequence[Condition], direction: np.ndarray) -> np.ndarray:
-        """Return what the gene vectors add to the common response, float32 [P, G]; 0 for a gene without a vector."""
-        vectors, found = self.vectors([c.perturbation for c in conditions])
-        rows = Rows(vectors, np.array([c.context for c in conditions]), direction)
-        return np.where(found[:, None], self.ridge(rows), 0).astype(np.float32)
 
     def interventions(self, perturbations: Sequence[Perturbation]) -> tuple[Interventions, list[str]]:
         """Return what the network needs to know of each perturbation, and what is missing for it ("" for nothing)."""
@@ -269,30 +263,42 @@ class AdaPert(Model):
         return np.where(found[:, None], vectors, 0), found
 
     def _shift(self, conditions: Sequence[Condition], control: np.ndarray, direction: np.ndarray) -> Shift:
+        query, missing = self.query(conditions, control, direction)
+        return Shift(self.respond(query), missing)
+
+    def query(
+        self, conditions: Sequence[Condition], control: np.ndarray, direction: np.ndarray
+    ) -> tuple[Query, list[str]]:
+        """Return what the network needs to predict these conditions, and what is missing for each ("" for nothing)."""
         unique = sorted({c.perturbation for c in conditions})
         interventions, missing = self.interventions(unique)
-        of = np.array([unique.index(c.perturbation) for c in conditions])
+        of = [unique.index(c.perturbation) for c in conditions]
+        start = None
+        if self.linear is not None:
+            others, sharing = self.linear(conditions, direction)
+            given = self.linear.common(control, direction) + sharing
+            start = torch.from_numpy(given), torch.from_numpy(others)
+        sign = torch.from_numpy(direction.astype(np.float32))
+        query = Query(interventions, torch.tensor(of), torch.from_numpy(control), sign, start)
+        return query, [missing[i] for i in of]
+
+    def respond(self, query: Query) -> np.ndarray:
+        """Return the predicted responses, float32 [P, G]."""
         self.network.eval()
         with torch.no_grad():
-            h = self.network.encode()
-            delta = self.network.decode(
-                interventions,
-                self.network.select(h, interventions),
-                torch.from_numpy(of),
-                control=torch.from_numpy(control),
-                sign=torch.from_numpy(direction.astype(np.float32)),
-                common=torch.from_numpy(self.common(control, direction)),
-                linear=torch.from_numpy(self._linear(conditions, direction)),
-            )
-        return Shift(delta.numpy(), [missing[i] for i in of])
+            context = self.network.select(self.network.encode(), query.interventions)
+            return self.network.decode(query, context).numpy()
 
-    def subgraph(self, perturbations: Sequence[str | Perturbation]) -> pd.DataFrame:
+    def subgraph(self, perturbations: Sequence[str | Perturbation | Condition]) -> pd.DataFrame:
         """Return the selected nodes of each perturbation: perturbation, gene, score, weight, hops.
+
+        Names are read as `predict` reads them; selection is the same in every context.
 
         `score` is σ of the node's score, `weight` its share of the pooled context; the perturbed genes themselves, 0
         hops away and always kept, have score 1.
         """
-        asked = [p if isinstance(p, Perturbation) else Perturbation.parse(p) for p in perturbations]
+        known = self._known_genes()
+        asked = list(dict.fromkeys(parse(item, known)[1] for item in perturbations))
         interventions, _ = self.interventions(asked)
         self.network.eval()
         with torch.no_grad():
@@ -314,35 +320,22 @@ class AdaPert(Model):
         return table.sort_values(["perturbation", "weight"], ascending=[True, False], kind="stable", ignore_index=True)
 
     def _tensors(self) -> dict[str, Tensor]:
-        arrays = {f"common.{name}": value for name, value in vars(self.common).items()}
-        arrays |= {f"ridge.{name}": value for name, value in vars(self.ridge.rows).items() if name != "context"}
-        arrays["ridge.alpha"] = self.ridge.alpha
         network = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()} | network
+        return network if self.linear is None else network | self.linear.tensors()
 
     def _state(self) -> dict[str, Any]:
-        kept = ("scale", "per_context", "intercept", "strength")
-        ridge = {name: getattr(self.ridge, name) for name in kept}
-        return {
-            "nodes": self._cut.nodes.tolist(),
-            "open_shells": self.open_shells,
-            "ridge": ridge,
-            "context": self.ridge.rows.context.tolist(),
-        }
+        linear = None if self.linear is None else self.linear.state()
+        return {"nodes": self._cut.nodes.tolist(), "open_shells": self.open_shells, "linear": linear}
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         assert self.training is not None
         self._build(state["nodes"], list(self.training.genes), self.training.seed)
         self.open_shells = state["open_shells"]
-        part = {
-            name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-            for name in ("common.", "ridge.", "network.")
-        }
-        self.network.load_state_dict(part["network."])
-        self.common = CommonResponse(**{k: v.numpy() for k, v in part["common."].items()})
-        ridge = {k: v.numpy() for k, v in part["ridge."].items()}
-        rows = Rows(ridge["vectors"], np.array(state["context"]), ridge["direction"])
-        self.ridge = KernelRidge(rows=rows, alpha=ridge["alpha"], **state["ridge"])
+        network = {name: tensor for name, tensor in tensors.items() if name.startswith("network.")}
+        self.network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in network.items()})
+        if state["linear"] is not None:
+            vectors = GeneVectors(self.embedding, self.graph)
+            self.linear = LinearResponse.restore(vectors, tensors, state["linear"])
 
 
 def _ragged(rows: Sequence[np.ndarray]) -> Ragged:

@@ -50,6 +50,16 @@ class Interventions(NamedTuple):
         )
 
 
+class Query(NamedTuple):
+    """R cells and what is done to each."""
+
+    interventions: Interventions
+    of: Tensor  # int64 [R], which intervention
+    control: Tensor  # [R, G], mean profile of the controls like the cell
+    sign: Tensor  # [R], +1 for activation, -1 for repression
+    start: tuple[Tensor, Tensor] | None  # given and linear response [R, G]; None for `response="profile"`
+
+
 class Context(NamedTuple):
     """What the graph says about B perturbations."""
 
@@ -260,31 +270,19 @@ class AdaPertNetwork(nn.Module):
         pooled = torch.where(on_graph[:, None], pooled, self.no_graph)
         return Context(text, node, pooled, gate * on_graph.repeat_interleave(shells)[row_of(p.shells)], score)
 
-    def decode(
-        self,
-        p: Interventions,
-        context: Context,
-        of: Tensor,
-        *,
-        control: Tensor,
-        sign: Tensor,
-        common: Tensor,
-        linear: Tensor,
-    ) -> Tensor:
-        """Predicted responses [R, G] of cells like `control` [R, G] to perturbations `of` [R].
-
-        `sign` [R] is +1 for activation and -1 for repression; `common` [R, G] is the response all share and `linear`
-        [R, G] what the text adds to it.
-        """
-        state, direction = self.state(control), sign[:, None]
-        decoded = self.decoder(torch.cat([state, context.pooled[of], context.text[of], direction], 1))
-        if self.response == "profile":
+    def decode(self, query: Query, context: Context) -> Tensor:
+        """Predicted responses [R, G] of the cells of a query."""
+        p, of, control, sign, start = query
+        direction = sign[:, None]
+        decoded = self.decoder(torch.cat([self.state(control), context.pooled[of], context.text[of], direction], 1))
+        if start is None:
             return decoded - control
+        given, linear = start
         share = self.share(p, context)
         gain = self.gain[0] + torch.einsum("h,bhg->bg", self.gain[1:], share)
         fall, rise = self.own_gene
         own = torch.where(direction < 0, -fall * control, rise) * self._own(p)[of]
-        return common + linear * gain[of] + 0.1 * decoded + own
+        return given + linear * gain[of] + 0.1 * decoded + own
 
     def _text(self, projection: nn.Linear | None, text: Tensor, has_text: Tensor, missing: Tensor) -> Tensor:
         if projection is None:

@@ -13,8 +13,8 @@ from torch.nn.functional import cosine_similarity
 
 from perturbcore.data import Condition, Screen, Split
 from perturbcore.metrics.de import deg_labels
-from perturbcore.models.adapert_network import Context, Interventions, Ragged, row_of, take
-from perturbcore.models.linear import CommonResponse, Rows, fit_ridge
+from perturbcore.models.adapert_network import Context, Interventions, Query, Ragged, row_of, take
+from perturbcore.models.linear import GeneVectors, LinearResponse
 
 if TYPE_CHECKING:
     from perturbcore.models.adapert import AdaPert
@@ -35,9 +35,6 @@ class AdaPertObjective:
         self.of = self.of_condition[torch.from_numpy(bulk.condition)]
         self.condition = torch.from_numpy(bulk.condition)
         self.control = torch.from_numpy(bulk.control_mean)
-        model.common = CommonResponse.of(screen, split.train)
-        self.common = torch.from_numpy(model.common(bulk.control_mean, bulk.direction))
-        self.linear = torch.from_numpy(self._fit_linear(split)[bulk.condition])
         self.sign = torch.from_numpy(bulk.direction.astype(np.float32))
         self.mean = torch.from_numpy(bulk.mean)
         if self.config.rows == "cells":
@@ -52,44 +49,28 @@ class AdaPertObjective:
         self.num_rows = len(self.row)
         self._label(split.train)
         self.unit = 1.0
+        self.start: tuple[Tensor, Tensor] | None = None
         if self.config.response == "delta":
-            residual = self.mean - self.control - self.common
+            vectors = GeneVectors(model.embedding, model.graph)
+            model.linear, others, sharing = LinearResponse.fit(screen, split, vectors)
+            given = model.linear.common(bulk.control_mean, bulk.direction) + sharing[bulk.condition]
+            self.start = torch.from_numpy(given), torch.from_numpy(others[bulk.condition])
+            residual = self.mean - self.control - self.start[0]
             self.unit = float(residual.square().mean()) or 1.0
-            self._fit_gains(residual)
+            self._fit_gains(residual, self.start[1])
             self.interventions, _ = model.interventions(unique)
             self._fit_scores()
         model.notes["open shells"] = model.open_shells
 
         self.val = list(split.val)
         if self.val:
-            self.val_control = np.stack([screen.control_mean(c.context) for c in self.val])
+            control = np.stack([screen.control_mean(c.context) for c in self.val])
+            direction = np.array([screen.direction[screen.cells(c)[0]] for c in self.val])
+            self.val_query, _ = model.query(self.val, control, direction)
             self.val_delta = screen.deltas(self.val)
-            self.val_sign = np.array([screen.direction[screen.cells(c)[0]] for c in self.val])
 
-    def _fit_linear(self, split: Split) -> np.ndarray:
-        """Fit the linear response; return it for the training conditions, [P, G], each predicted while left out.
-
-        Left out with its perturbation, or with its context where the test perturbations are all known, so that the
-        network learns from linear responses as good as those it will meet.
-        """
-        model, train = self.model, split.train
-        vectors, found = model.vectors([c.perturbation for c in train])
-        context = np.array([c.context for c in train])
-        direction = np.array([self.screen.direction[self.screen.cells(c)[0]] for c in train])
-        control = np.stack([self.screen.control_mean(name) for name in context])
-        residual = self.screen.deltas(train) - model.common(control, direction)
-        known = {c.perturbation for c in split.test} <= {c.perturbation for c in train}
-        apart = [c.context if known and len(set(context)) > 1 else str(c.perturbation) for c in train]
-        left_out = np.unique(apart, return_inverse=True)[1]
-        linear = np.zeros_like(residual)
-        rows = np.flatnonzero(found)
-        model.ridge, linear[rows] = fit_ridge(
-            Rows(vectors, context, direction).at(rows), residual[rows], left_out[rows]
-        )
-        return linear
-
-    def _fit_gains(self, residual: Tensor) -> None:
-        """Start the gains at least squares, as if every candidate were selected with σ(score) = 0.6.
+    def _fit_gains(self, residual: Tensor, linear: Tensor) -> None:
+        """Start the gains on `linear` [R, G] at least squares, as if every candidate were selected with σ(score) = 0.6.
 
         A shell whose genes follow the linear response no more than genes outside all shells is left out.
         """
@@ -108,7 +89,7 @@ class AdaPertObjective:
             inside = torch.zeros(len(p.text) * shells, genes)
             inside[row[gene >= 0], gene[gene >= 0]] = 1
             inside = inside.view(-1, shells, genes)[self.of]  # [R, K, G]
-            parts = self.linear[:, None] * torch.cat([1 - inside.sum(1, keepdim=True), inside], 1) * ~own[:, None]
+            parts = linear[:, None] * torch.cat([1 - inside.sum(1, keepdim=True), inside], 1) * ~own[:, None]
             gram = torch.einsum("rag,rbg->ab", parts, parts) + 1e-6 * torch.eye(1 + shells)
             gain = torch.linalg.solve(gram, torch.einsum("rag,rg->a", parts, residual))
             self.module.gain[0] = gain[0]
@@ -168,9 +149,8 @@ class AdaPertObjective:
         h = self.module.encode()
         context = self.module.select(h, p, tau, seed=self.seed * 1_000_003 + step)
         control = self.control[row]
-        delta = self.module.decode(
-            p, context, of, control=control, sign=self.sign[row], common=self.common[row], linear=self.linear[row]
-        )
+        start = None if self.start is None else (self.start[0][row], self.start[1][row])
+        delta = self.module.decode(Query(p, of, control, self.sign[row], start), context)
         target = torch.from_numpy(self.screen.dense(self.cells[rows])) if config.rows == "cells" else self.mean[row]
         weight = self.weight[rows][:, None]
         recon = (weight * (control + delta - target).square()).mean() / self.unit
@@ -210,7 +190,7 @@ class AdaPertObjective:
         """Mean Pearson Δ over the validation conditions."""
         if not self.val:
             return None
-        predicted = self.model._shift(self.val, self.val_control, self.val_sign).delta
+        predicted = self.model.respond(self.val_query)
         return float(np.mean([_pearson(a, b) for a, b in zip(predicted, self.val_delta, strict=True)]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -32,7 +33,7 @@ from perturbcore.data import (
     shift_cells,
 )
 from perturbcore.data.errors import listed, suggest
-from perturbcore.training import METRICS, RunError, load_tensors, save_tensors, write_atomic
+from perturbcore.training import METRICS, RunError, check_same, load_tensors, save_tensors, write_atomic
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -58,6 +59,7 @@ class Training:
     seed: int
     data: str  # fingerprint of the screen
     split: str  # hash of the split
+    knowledge: str  # digest of graph and embedding
 
 
 class Model(ABC):
@@ -166,7 +168,12 @@ class Model(ABC):
             seed=seed,
             data=screen.fingerprint,
             split=split.hash,
+            knowledge=_digest(self.graph, self.embedding),
         )
+        if folder is not None and resume and (folder / "config.json").exists():
+            written = read_config(folder)
+            was = _configuration(written["model"], written["config"], Training(**written["training"]))
+            check_same(folder, was, self._configuration())
         self.notes = {}
         self._learn(screen, split, seed=seed, run_dir=folder, resume=resume, progress=progress)
         if folder is not None:
@@ -204,14 +211,11 @@ class Model(ABC):
         mean, shift = self._shift_of(cells, conditions)
         missing = {str(c.perturbation): why for c, why in zip(conditions, shift.fallback, strict=True) if why}
         if missing:
-            message = "; ".join(f"{label}: {why}" for label, why in missing.items())
+            count = f"{len(missing)} of {len({c.perturbation for c in conditions})} perturbations"
+            example = "{}: {}".format(*next(iter(missing.items())))
             if self.config.strict:
-                raise MissingInput(f"{self.name} lacks inputs for {len(missing)} perturbations ({message})")
-            print(
-                f"{self.name}: {len(missing)} of {len({c.perturbation for c in conditions})} perturbations "
-                f"lack an input: {message}",
-                file=sys.stderr,
-            )
+                raise MissingInput(f"{self.name} would have to fall back for {count}, such as {example}")
+            print(f"{self.name} falls back for {count}, such as {example}", file=sys.stderr)
         blocks, fallback = [], []
         for condition, delta, why in zip(conditions, shift.delta, shift.fallback, strict=True):
             sample = cells.dense(_sample_controls(cells, condition, n_cells, seed))
@@ -277,28 +281,27 @@ class Model(ABC):
         model._restore(load_tensors(folder / "model.safetensors")[0], config["state"])
         return model
 
+    def _configuration(self) -> dict[str, Any]:
+        """Return what a resumed fit must share with the interrupted one."""
+        assert self.training is not None
+        return _configuration(self.name, dataclasses.asdict(self.config), self.training)
+
     def _checked(self, cells: Screen) -> Screen:
         assert self.training is not None
         if str(cells.scale) != self.training.scale:
-            raise DataError(f"{self.name} was fitted on {self.training.scale}, and these cells are {cells.scale}")
+            raise DataError(
+                f"{self.name} was fitted on {self.training.scale}, and these cells are {cells.scale}: give raw counts, "
+                "or cells normalised as those were"
+            )
         return cells if tuple(cells.genes.tolist()) == self.training.genes else cells.select_genes(self.training.genes)
 
     def _conditions(self, cells: Screen, asked: Sequence[str | Perturbation | Condition]) -> list[Condition]:
         """Resolve what was asked for into conditions, in the order asked, each once."""
-        known = {*cells.genes.tolist(), *(g for p in cells.perturbations for g in p.genes)}
-        known |= set() if self.graph is None else set(self.graph.nodes.tolist())
+        known = {*self._known_genes(), *(g for p in cells.perturbations for g in p.genes)}
         with_controls = [context for context in cells.contexts if len(cells.controls(context))]
         found: dict[Condition, None] = {}
         for item in asked:
-            context: str | None = None
-            if isinstance(item, Condition):
-                context, perturbation = item
-            elif isinstance(item, Perturbation):
-                perturbation = item
-            else:
-                context, separator, label = item.rpartition("::")
-                context = context if separator else None
-                perturbation = Perturbation.parse(label, control=cells.control_label, known=known)
+            context, perturbation = parse(item, known, cells.control_label)
             if perturbation.is_control:
                 raise DataError("the control is not a perturbation: its cells are already there")
             if context is not None and context not in with_controls:
@@ -307,6 +310,11 @@ class Model(ABC):
         if not found:
             raise DataError("nothing to predict: give at least one perturbation")
         return list(found)
+
+    def _known_genes(self) -> set[str]:
+        """Return the genes that a label can be made of: those measured and those of the graph."""
+        assert self.training is not None
+        return {*self.training.genes, *(() if self.graph is None else self.graph.nodes.tolist())}
 
     def _direction(self, cells: Screen, condition: Condition) -> int:
         """Return +1 or -1: as measured in `cells`, else as most perturbations of that context, else of the training."""
@@ -324,6 +332,23 @@ def read_config(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise RunError(f"{folder} holds no fitted model: {error}") from error
+
+
+def parse(
+    item: str | Perturbation | Condition, known: set[str], control: str | None = None
+) -> tuple[str | None, Perturbation]:
+    """Resolve "A", "A+B", "context::A" or what they stand for; None where no context is named."""
+    if isinstance(item, Condition):
+        return item
+    if isinstance(item, Perturbation):
+        return None, item
+    context, separator, label = item.rpartition("::")
+    return context if separator else None, Perturbation.parse(label, control=control, known=known)
+
+
+def _configuration(model: str, config: dict[str, Any], training: Training) -> dict[str, Any]:
+    same = ("seed", "data", "split", "knowledge")
+    return {"model": model, "config": config} | {name: getattr(training, name) for name in same}
 
 
 def _directions(screen: Screen, conditions: Sequence[Condition]) -> dict[str, int]:
@@ -368,6 +393,14 @@ def _knowledge(
         tensors["embedding.vectors"] = torch.from_numpy(embedding.vectors)
         names["embedding"] = {"name": embedding.name, "genes": embedding.genes.tolist()}
     return tensors, names
+
+
+def _digest(graph: KnowledgeGraph | None, embedding: GeneEmbedding | None) -> str:
+    tensors, names = _knowledge(graph, embedding)
+    digest = hashlib.sha256(json.dumps(names).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _as_knowledge(

@@ -1,7 +1,8 @@
 """The five predictors every model is scored beside, each as strong as its idea allows.
 
 All learn from the training and the validation conditions together, since none stops on the validation part; what they
-have to choose (neighbours, ridge) they choose by leaving out one training perturbation, or one condition, at a time.
+have to choose (neighbours, ridge) they choose by leaving out what is as new as the test: one perturbation at a time, or
+one context, or one condition.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from perturbcore.data import Condition, MissingInput, Perturbation, Screen, Split
 from perturbcore.models.base import Model, Shift
-from perturbcore.models.linear import INTERCEPT, GeneVectors, KernelRidge, Rows, fit_ridge
+from perturbcore.models.linear import INTERCEPT, GeneVectors, KernelRidge, Rows, fit_ridge, left_out_with
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,7 @@ class Baseline(Model):
         conditions = sorted({*split.train, *split.val})
         direction = np.array([screen.direction[screen.cells(c)[0]] for c in conditions], np.float64)
         self._remember(conditions, screen.deltas(conditions), direction)
-        seen = {c.perturbation for c in conditions}
-        held_out = "condition" if all(c.perturbation in seen for c in split.test) else "perturbation"
-        names = [str(c if held_out == "condition" else c.perturbation) for c in conditions]
-        self._choose(np.unique(names, return_inverse=True)[1])
+        self._choose(np.unique(left_out_with(conditions, split.test), return_inverse=True)[1])
 
     def _remember(self, conditions: Sequence[Condition], deltas: np.ndarray, direction: np.ndarray) -> None:
         self.conditions, self.responses, self.direction = tuple(conditions), deltas, direction
@@ -127,7 +125,9 @@ class WithVectors(Baseline):
 
     def _vectors(self) -> GeneVectors:
         if self.embedding is None and self.graph is None:
-            raise MissingInput(f"{self.name} needs a gene embedding or a knowledge graph, and has neither.")
+            raise MissingInput(
+                f"{self.name} needs a gene embedding or a knowledge graph: give one with --embedding or --knowledge."
+            )
         return GeneVectors(self.embedding, self.graph)
 
     def _learn(
@@ -171,9 +171,10 @@ class NearestNeighbour(WithVectors):
         self.notes["k"] = self.k
 
     def _nearest(self, cosine: np.ndarray, context: str) -> np.ndarray:
-        """Rows of the table by cosine [n], those of the context alone where it was seen; -inf is left out."""
-        rows = self.of_context.get(context, np.arange(len(cosine)))
-        rows = rows[self.known[rows] & (cosine[rows] > -np.inf)]
+        """Rows of the table by cosine [n], those of the context alone where it has any; -inf is left out."""
+        usable = np.flatnonzero(self.known & (cosine > -np.inf))
+        here = np.intersect1d(usable, self.of_context.get(context, []))
+        rows = here if len(here) else usable
         return rows[np.argsort(-cosine[rows], kind="stable")]
 
     def _shift(self, conditions: Sequence[Condition], control: np.ndarray, direction: np.ndarray) -> Shift:

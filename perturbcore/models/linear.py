@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from scipy.sparse.linalg import svds
 
-from perturbcore.data import Condition, GeneEmbedding, KnowledgeGraph, Perturbation, Screen
+from perturbcore.data import Condition, GeneEmbedding, KnowledgeGraph, MissingInput, Perturbation, Screen, Split
 
 STRENGTHS = np.logspace(-4, 4, 33)  # of a ridge, in units of the mean squared norm of the vectors
 INTERCEPT = 1e3  # prior variance of a free mean, in the same units
@@ -81,7 +84,38 @@ class KernelRidge:
 
     def __call__(self, rows: Rows) -> np.ndarray:
         """Return the predicted responses, float64 [m, G]."""
-        return _kernel(rows, self.rows, self.scale, self.per_context, self.intercept) @ self.alpha
+        return self._kernel(rows) @ self.alpha
+
+    def without(self, left_out: np.ndarray, rows: Rows) -> np.ndarray:
+        """Predict each row as if the rows of the fit marked in its `left_out` [m, n] had not been there, [m, G]."""
+        kernel, inverse = self._kernel(rows), self._inverse
+        predicted = kernel @ self.alpha
+        for i, out in enumerate(map(np.flatnonzero, left_out)):
+            # α of a fit to the others: α − K⁻¹[:, out] K⁻¹[out, out]⁻¹ α[out], which is 0 on those left out.
+            weight = np.linalg.solve(inverse[np.ix_(out, out)], kernel[i] @ inverse[:, out])
+            predicted[i] -= weight @ self.alpha[out]
+        return predicted
+
+    @cached_property
+    def _inverse(self) -> np.ndarray:
+        return np.linalg.inv(self._kernel(self.rows) + self.strength * np.eye(len(self.alpha)))
+
+    def _kernel(self, rows: Rows) -> np.ndarray:
+        return _kernel(rows, self.rows, self.scale, self.per_context, self.intercept)
+
+
+def left_out_with(conditions: Sequence[Condition], test: Sequence[Condition]) -> list[str]:
+    """Name the group that each training condition is left out with, so that those left out are as new as the test.
+
+    A perturbation, in all contexts; a context, where the test perturbations are known and their contexts are not; a
+    condition, where both are known.
+    """
+    if not {c.perturbation for c in test} <= {c.perturbation for c in conditions}:
+        return [str(c.perturbation) for c in conditions]
+    contexts = {c.context for c in conditions}
+    if len(contexts) > 1 and not contexts & {c.context for c in test}:
+        return [c.context for c in conditions]
+    return [str(c) for c in conditions]
 
 
 def fit_ridge(
@@ -91,6 +125,8 @@ def fit_ridge(
 
     Returns the fit to all rows, and what each row is predicted to be when its group is left out, float64 [n, G].
     """
+    if not len(y):
+        raise MissingInput("None of the training perturbations has a gene vector: give an embedding of their genes.")
     y = y.astype(np.float64)
     scale = max(float((rows.vectors**2).sum(axis=1).mean()), 1e-12)
     groups = [np.flatnonzero(left_out == code) for code in np.unique(left_out)]
@@ -154,3 +190,85 @@ class CommonResponse:
         alike = direction[:, None] == self.direction
         weight *= np.where(alike.any(axis=1, keepdims=True), alike, 1)
         return (weight / weight.sum(axis=1, keepdims=True) @ self.mean).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LinearResponse:
+    """The response that all perturbations share, plus one linear in the gene vectors.
+
+    Where the test perturbations are new, the linear one comes in two parts: what the perturbations of other genes say
+    of these, which the vectors alone support, and what those that share a gene add, which was measured in part.
+    """
+
+    vectors: GeneVectors
+    common: CommonResponse
+    ridge: KernelRidge
+    conditions: tuple[Condition, ...]  # of the rows of the ridge
+    by_gene: bool
+
+    @classmethod
+    def fit(cls, screen: Screen, split: Split, vectors: GeneVectors) -> tuple[LinearResponse, np.ndarray, np.ndarray]:
+        """Fit to the training conditions; return both parts of the linear response to them, each float32 [P, G].
+
+        Each is predicted without its own group (`left_out_with`), as if it were to be tested.
+        """
+        train = split.train
+        direction = np.array([screen.direction[screen.cells(c)[0]] for c in train])
+        control = np.stack([screen.control_mean(c.context) for c in train])
+        common = CommonResponse.of(screen, train)
+        features, found = vectors([c.perturbation for c in train])
+        known = np.flatnonzero(found)
+        rows = Rows(features, np.array([c.context for c in train]), direction).at(known)
+        groups = left_out_with(train, split.test)
+        codes = np.unique(groups, return_inverse=True)[1]
+        residual = screen.deltas(train) - common(control, direction)
+        ridge, left_out = fit_ridge(rows, residual[known], codes[known])
+        conditions = tuple(train[i] for i in known)
+        fitted = cls(vectors, common, ridge, conditions, groups == [str(c.perturbation) for c in train])
+        others, sharing = np.zeros((2, *residual.shape), np.float32)
+        others[known] = fitted._others(conditions, rows) if fitted.by_gene else left_out
+        sharing[known] = left_out - others[known]
+        return fitted, others, sharing
+
+    def __call__(self, conditions: Sequence[Condition], direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what perturbations of other genes say and what those sharing a gene add, each float32 [P, G].
+
+        Both are 0 for a gene without a vector.
+        """
+        features, found = self.vectors([c.perturbation for c in conditions])
+        rows = Rows(features, np.array([c.context for c in conditions]), direction)
+        whole = self.ridge(rows)
+        others = self._others(conditions, rows) if self.by_gene else whole
+        keep = found[:, None]
+        return np.where(keep, others, 0).astype(np.float32), np.where(keep, whole - others, 0).astype(np.float32)
+
+    def _others(self, conditions: Sequence[Condition], rows: Rows) -> np.ndarray:
+        fitted = [set(c.perturbation.genes) for c in self.conditions]
+        sharing = [[not genes.isdisjoint(c.perturbation.genes) for genes in fitted] for c in conditions]
+        return self.ridge.without(np.array(sharing), rows)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the arrays that `restore` needs."""
+        arrays = {f"common.{name}": value for name, value in vars(self.common).items()}
+        arrays |= {"ridge.alpha": self.ridge.alpha, "ridge.direction": self.ridge.rows.direction}
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Return what else `restore` needs, as JSON values."""
+        kept = ("scale", "per_context", "intercept", "strength")
+        return {
+            "ridge": {name: getattr(self.ridge, name) for name in kept},
+            "conditions": [[c.context, *c.perturbation.genes] for c in self.conditions],
+            "by_gene": self.by_gene,
+        }
+
+    @classmethod
+    def restore(cls, vectors: GeneVectors, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> LinearResponse:
+        """Take back what `tensors` and `state` gave."""
+        array = {name: tensor.numpy() for name, tensor in tensors.items()}
+        common = CommonResponse(**{name: array[f"common.{name}"] for name in ("profile", "mean", "direction")})
+        conditions = tuple(Condition(context, Perturbation(tuple(genes))) for context, *genes in state["conditions"])
+        features, _ = vectors([c.perturbation for c in conditions])
+        rows = Rows(features, np.array([c.context for c in conditions]), array["ridge.direction"])
+        ridge = KernelRidge(rows=rows, alpha=array["ridge.alpha"], **state["ridge"])
+        return cls(vectors, common, ridge, conditions, state["by_gene"])
