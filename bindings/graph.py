@@ -134,7 +134,7 @@ def gated_pool(
         if bias.shape != w.shape:
             raise _refuse("bias", bias, f"[{a.shape[1]}]")
         q = q + bias
-    if not (math.isfinite(tau) and tau > 0):
+    if not 0 < tau < math.inf:
         raise ValueError(f"tau is {tau}; expected a finite number above 0.")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}; expected a number between 0 and 1.")
@@ -188,7 +188,7 @@ def _choose(name: str, value: str, options: tuple[str, ...]) -> None:
 
 
 def _finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:  # false for NaN; unlike math.isfinite, dynamo follows it
         raise ValueError(f"{name} is {value}; expected a finite number.")
 
 

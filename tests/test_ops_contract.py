@@ -169,7 +169,7 @@ def test_same_bits_on_one_and_two_threads(poisoned, name):
     before = torch.get_num_threads()
     seen = []
     try:
-        for threads in (1, 2):
+        for threads in (1, *[2] * 10):  # a race does not show every time
             torch.set_num_threads(threads)
             results = run()
             seen.append(
@@ -177,8 +177,9 @@ def test_same_bits_on_one_and_two_threads(poisoned, name):
             )
     finally:
         torch.set_num_threads(before)
-    for one, two in zip(*seen, strict=True):
-        assert one is two is None or torch.equal(one, two)
+    for other in seen[1:]:
+        for one, two in zip(seen[0], other, strict=True):
+            assert one is two is None or torch.equal(one, two)
 
 
 def test_pooling_over_all_nodes_repeats_its_bits():
@@ -191,13 +192,14 @@ def test_pooling_over_all_nodes_repeats_its_bits():
         assert all(torch.equal(one, two) for one, two in zip(seen[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_compiles_in_one_graph(name):
+def test_compiles_in_one_graph(name, dynamic):
     op, inputs = cases(torch.float32)[name]
     eager, traced = requiring_grad(inputs), requiring_grad(inputs)
     results = all_of(op(*eager))
     torch._dynamo.reset()
-    compiled = all_of(torch.compile(op, fullgraph=True, backend="aot_eager")(*traced))
+    compiled = all_of(torch.compile(op, fullgraph=True, dynamic=dynamic, backend="aot_eager")(*traced))
     for result, value in zip(compiled, results, strict=True):
         assert torch.equal(result, value)
     for gradient, value in zip(
