@@ -138,10 +138,10 @@ def test_what_is_left_out_is_as_new_as_the_test():
 
 def test_what_shares_a_gene_is_told_apart_from_what_the_vectors_say(screen):
     singles = split([("x", A), ("x", B), ("y", A), ("y", B)], [("x", C)], [("x", AB)])
-    fitted, others, sharing = LinearResponse.fit(screen, singles, GeneVectors(VECTORS, None))
+    fitted, sharing, others = LinearResponse.fit(screen, singles, GeneVectors(VECTORS, None))
     np.testing.assert_allclose(sharing, 0, atol=1e-6)  # no two of the training perturbations share a gene
     assert others.shape == (4, 3)
-    others, sharing = fitted([Condition("x", AB), Condition("x", C)], np.array([-1, -1]))
+    sharing, others = fitted([Condition("x", AB), Condition("x", C)], np.array([-1, -1]))
     np.testing.assert_allclose(others[0], 0, atol=1e-6)  # nothing but A and B was measured
     np.testing.assert_allclose(
         others[0] + sharing[0], fitted.ridge(fitted.ridge.rows.at(np.array([0, 1]))).sum(0), atol=1e-5

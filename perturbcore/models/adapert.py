@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perturbcore import ops
 from perturbcore.data import Condition, KnowledgeGraph, MissingInput, Perturbation, Screen, Split
-from perturbcore.models.adapert_network import AdaPertNetwork, Interventions, Query, Ragged, Sizes, row_of
+from perturbcore.models.adapert_network import AdaPertNetwork, Interventions, Query, Ragged, Sizes, Start, row_of
 from perturbcore.models.adapert_objective import AdaPertObjective
 from perturbcore.models.base import Model, Shift, parse
 from perturbcore.models.linear import GeneVectors, LinearResponse
@@ -71,7 +71,7 @@ class AdaPert(Model):
 
     * It starts from the response that all perturbations share plus one linear in the gene vectors, both in closed form,
       and learns where the graph lets the linear one through: each shell of candidates has a gain on its selected genes.
-      What perturbations that share a gene add (of a double, its singles) was measured, and is let through as it is.
+      What perturbations that share a gene add (to a double, its singles) was measured, and has a gain of its own.
       The shared one is interpolated between training contexts by the distance of their control profiles, so that an
       unseen context enters only through its controls. In training, each linear response is that of a fit without the
       perturbation at hand.
@@ -275,9 +275,8 @@ class AdaPert(Model):
         of = [unique.index(c.perturbation) for c in conditions]
         start = None
         if self.linear is not None:
-            others, sharing = self.linear(conditions, direction)
-            given = self.linear.common(control, direction) + sharing
-            start = torch.from_numpy(given), torch.from_numpy(others)
+            parts = self.linear.common(control, direction), *self.linear(conditions, direction)
+            start = Start(*map(torch.from_numpy, parts))
         sign = torch.from_numpy(direction.astype(np.float32))
         query = Query(interventions, torch.tensor(of), torch.from_numpy(control), sign, start)
         return query, [missing[i] for i in of]

@@ -50,6 +50,18 @@ class Interventions(NamedTuple):
         )
 
 
+class Start(NamedTuple):
+    """The responses [R, G] that the graph then corrects (`LinearResponse`)."""
+
+    common: Tensor  # of all perturbations
+    sharing: Tensor  # what perturbations of the same genes add
+    others: Tensor  # what perturbations of other genes add; selected genes let it through
+
+    def rows(self, index: Tensor) -> Start:
+        """Return the rows at `index`."""
+        return Start(*(response[index] for response in self))
+
+
 class Query(NamedTuple):
     """R cells and what is done to each."""
 
@@ -57,7 +69,7 @@ class Query(NamedTuple):
     of: Tensor  # int64 [R], which intervention
     control: Tensor  # [R, G], mean profile of the controls like the cell
     sign: Tensor  # [R], +1 for activation, -1 for repression
-    start: tuple[Tensor, Tensor] | None  # given and linear response [R, G]; None for `response="profile"`
+    start: Start | None  # None for `response="profile"`
 
 
 class Context(NamedTuple):
@@ -192,6 +204,7 @@ class AdaPertNetwork(nn.Module):
             self.gain = nn.Parameter(
                 torch.zeros(1 + sizes.shells)
             )  # of the linear response: of any gene, of a selected one
+            self.gain_sharing = nn.Parameter(torch.ones(()))
             self.own_gene = nn.Parameter(torch.zeros(2))  # knock-out: share of its expression; activation: log1p units
 
     def _score_likeness(self) -> None:
@@ -277,12 +290,12 @@ class AdaPertNetwork(nn.Module):
         decoded = self.decoder(torch.cat([self.state(control), context.pooled[of], context.text[of], direction], 1))
         if start is None:
             return decoded - control
-        given, linear = start
         share = self.share(p, context)
         gain = self.gain[0] + torch.einsum("h,bhg->bg", self.gain[1:], share)
         fall, rise = self.own_gene
         own = torch.where(direction < 0, -fall * control, rise) * self._own(p)[of]
-        return given + linear * gain[of] + 0.1 * decoded + own
+        begun = start.common + self.gain_sharing * start.sharing + start.others * gain[of]
+        return begun + 0.1 * decoded + own
 
     def _text(self, projection: nn.Linear | None, text: Tensor, has_text: Tensor, missing: Tensor) -> Tensor:
         if projection is None:

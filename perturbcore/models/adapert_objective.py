@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from perturbcore.data import Condition, Screen, Split
 from perturbcore.metrics.de import deg_labels
-from perturbcore.models.adapert_network import Context, Interventions, Query, Ragged, row_of, take
+from perturbcore.models.adapert_network import Context, Interventions, Query, Ragged, Start, row_of, take
 from perturbcore.models.linear import GeneVectors, LinearResponse
 
 if TYPE_CHECKING:
@@ -49,15 +49,16 @@ class AdaPertObjective:
         self.num_rows = len(self.row)
         self._label(split.train)
         self.unit = 1.0
-        self.start: tuple[Tensor, Tensor] | None = None
+        self.start: Start | None = None
         if self.config.response == "delta":
             vectors = GeneVectors(model.embedding, model.graph)
-            model.linear, others, sharing = LinearResponse.fit(screen, split, vectors)
-            given = model.linear.common(bulk.control_mean, bulk.direction) + sharing[bulk.condition]
-            self.start = torch.from_numpy(given), torch.from_numpy(others[bulk.condition])
-            residual = self.mean - self.control - self.start[0]
+            model.linear, sharing, others = LinearResponse.fit(screen, split, vectors)
+            common = model.linear.common(bulk.control_mean, bulk.direction)
+            parts = common, sharing[bulk.condition], others[bulk.condition]
+            self.start = Start(*map(torch.from_numpy, parts))
+            residual = self.mean - self.control - self.start.common
             self.unit = float(residual.square().mean()) or 1.0
-            self._fit_gains(residual, self.start[1])
+            self._fit_gains(residual, self.start)
             self.interventions, _ = model.interventions(unique)
             self._fit_scores()
         model.notes["open shells"] = model.open_shells
@@ -69,8 +70,8 @@ class AdaPertObjective:
             self.val_query, _ = model.query(self.val, control, direction)
             self.val_delta = screen.deltas(self.val)
 
-    def _fit_gains(self, residual: Tensor, linear: Tensor) -> None:
-        """Start the gains on `linear` [R, G] at least squares, as if every candidate were selected with σ(score) = 0.6.
+    def _fit_gains(self, residual: Tensor, start: Start) -> None:
+        """Start the gains at least squares, as if every candidate were selected with σ(score) = 0.6.
 
         A shell whose genes follow the linear response no more than genes outside all shells is left out.
         """
@@ -89,9 +90,14 @@ class AdaPertObjective:
             inside = torch.zeros(len(p.text) * shells, genes)
             inside[row[gene >= 0], gene[gene >= 0]] = 1
             inside = inside.view(-1, shells, genes)[self.of]  # [R, K, G]
-            parts = linear[:, None] * torch.cat([1 - inside.sum(1, keepdim=True), inside], 1) * ~own[:, None]
-            gram = torch.einsum("rag,rbg->ab", parts, parts) + 1e-6 * torch.eye(1 + shells)
-            gain = torch.linalg.solve(gram, torch.einsum("rag,rg->a", parts, residual))
+            others = start.others[:, None] * torch.cat([1 - inside.sum(1, keepdim=True), inside], 1)
+            parts = torch.cat([others, start.sharing[:, None]], 1) * ~own[:, None]
+            gram = torch.einsum("rag,rbg->ab", parts, parts) + 1e-6 * torch.eye(2 + shells)
+            # What sharing adds is taken as it is where no training perturbations share a gene.
+            right = torch.einsum("rag,rg->a", parts, residual - start.sharing)
+            solved = torch.linalg.solve(gram, right)
+            gain = solved[:-1]
+            self.module.gain_sharing += solved[-1]
             self.module.gain[0] = gain[0]
             self.module.gain[1:] = (gain[1:] - gain[0]) / 0.6
         better = (gain[1:] > gain[0]).tolist()
@@ -149,7 +155,7 @@ class AdaPertObjective:
         h = self.module.encode()
         context = self.module.select(h, p, tau, seed=self.seed * 1_000_003 + step)
         control = self.control[row]
-        start = None if self.start is None else (self.start[0][row], self.start[1][row])
+        start = None if self.start is None else self.start.rows(row)
         delta = self.module.decode(Query(p, of, control, self.sign[row], start), context)
         target = torch.from_numpy(self.screen.dense(self.cells[rows])) if config.rows == "cells" else self.mean[row]
         weight = self.weight[rows][:, None]

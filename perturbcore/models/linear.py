@@ -228,10 +228,10 @@ class LinearResponse:
         others, sharing = np.zeros((2, *residual.shape), np.float32)
         others[known] = fitted._others(conditions, rows) if fitted.by_gene else left_out
         sharing[known] = left_out - others[known]
-        return fitted, others, sharing
+        return fitted, sharing, others
 
     def __call__(self, conditions: Sequence[Condition], direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return what perturbations of other genes say and what those sharing a gene add, each float32 [P, G].
+        """Return what perturbations that share a gene add, and what those of other genes say, each float32 [P, G].
 
         Both are 0 for a gene without a vector.
         """
@@ -240,7 +240,7 @@ class LinearResponse:
         whole = self.ridge(rows)
         others = self._others(conditions, rows) if self.by_gene else whole
         keep = found[:, None]
-        return np.where(keep, others, 0).astype(np.float32), np.where(keep, whole - others, 0).astype(np.float32)
+        return np.where(keep, whole - others, 0).astype(np.float32), np.where(keep, others, 0).astype(np.float32)
 
     def _others(self, conditions: Sequence[Condition], rows: Rows) -> np.ndarray:
         fitted = [set(c.perturbation.genes) for c in self.conditions]
