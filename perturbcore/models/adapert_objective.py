@@ -97,7 +97,7 @@ class AdaPertObjective:
             right = torch.einsum("rag,rg->a", parts, residual - start.sharing)
             solved = torch.linalg.solve(gram, right)
             gain = solved[:-1]
-            self.module.gain_sharing += solved[-1]
+            self.module.gain_sharing.add_(solved[-1])
             self.module.gain[0] = gain[0]
             self.module.gain[1:] = (gain[1:] - gain[0]) / 0.6
         better = (gain[1:] > gain[0]).tolist()
