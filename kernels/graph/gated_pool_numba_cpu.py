@@ -87,11 +87,12 @@ def _dense(a, q, linear_q, w, slope, tau, hard, seeded, seed, shift, weighted, g
                     s1[v] += w0 * abs(b0 + y0) + w1 * abs(b1 + y1) + w2 * abs(b2 + y2) + w3 * abs(b3 + y3)
             for r in range(1 + other - p):
                 _noise(noise, seeded, seed, shift, p + r, first)
-                s, gates, scores, shares = sums[r], gate[p + r], score[p + r], share[p + r]
+                s, here = sums[r], slice(first, first + count)
+                gates, scores, shares = gate[p + r, here], score[p + r, here], share[p + r, here]
                 for v in range(count):
                     gated, _ = _gate(s[v] + noise[v], hard, tau)
-                    scores[first + v], gates[first + v] = s[v], gated
-                    shares[first + v] = gated * sigmoid(s[v]) if weighted else gated
+                    scores[v], gates[v] = s[v], gated
+                    shares[v] = gated * sigmoid(s[v]) if weighted else gated
 
 
 @kernel
@@ -102,10 +103,11 @@ def _dense_backward(
     """``pull`` holds ⟨gradient of the sum, h⟩ per pair and becomes the share of h; empty gradients count as zero."""
     queries, hidden = q.shape
     nodes, zero, one = a.shape[0], a.dtype.type(0), a.dtype.type(1)
+    bend = one - slope  # slope · step is the same for every k: it is added once, as `flat`
     tiles = (nodes + TILE - 1) // TILE
     for part in prange(PARTS):
         step, noise = np.zeros((queries + 1, TILE), a.dtype), np.empty(TILE, a.dtype)
-        total = np.empty((4, hidden), a.dtype)
+        total, level = np.empty((4, hidden), a.dtype), np.zeros(queries, a.dtype)
         sum_q[part], sum_w[part] = zero, zero
         rq, rw, t0, t1, t2, t3 = sum_q[part], sum_w[part], total[0], total[1], total[2], total[3]
         for tile in range(part * tiles // PARTS, (part + 1) * tiles // PARTS):
@@ -113,20 +115,22 @@ def _dense_backward(
             count = min(TILE, nodes - first)
             for p in range(queries):
                 _noise(noise, seeded, seed, shift, p, first)
-                scores, pulls, steps = score[p], pull[p], step[p]
+                here = slice(first, first + count)
+                scores, pulls, steps, by_size = score[p, here], pull[p, here], step[p], grad_size[p]
                 for v in range(count):
-                    n = first + v
-                    keep = sigmoid(scores[n]) if weighted else one
-                    gated, soft = _gate(scores[n] + noise[v], hard, tau)
-                    steps[v] = (pulls[n] * keep + grad_size[p]) * soft + pulls[n] * gated * keep * (one - keep)
+                    keep = sigmoid(scores[v]) if weighted else one
+                    gated, soft = _gate(scores[v] + noise[v], hard, tau)
+                    steps[v] = (pulls[v] * keep + by_size) * soft + pulls[v] * gated * keep * (one - keep)
                     noise[v] = soft
-                    pulls[n] = gated * keep
+                    pulls[v] = gated * keep
                 if grad_gate.size:
+                    by_gate = grad_gate[p, here]
                     for v in range(count):
-                        steps[v] += grad_gate[p, first + v] * noise[v]
+                        steps[v] += by_gate[v] * noise[v]
                 if grad_score.size:
+                    by_score = grad_score[p, here]
                     for v in range(count):
-                        steps[v] += grad_score[p, first + v]
+                        steps[v] += by_score[v]
                 for v in range(count, TILE):
                     steps[v] = zero
             for v in range(0, count, 4):
@@ -143,25 +147,30 @@ def _dense_backward(
                     q0, q1, r0, r1 = q[p], q[other], rq[p], rq[other]
                     d0, d1, d2, d3 = step[p, v], step[p, v + 1], step[p, v + 2], step[p, v + 3]
                     f0, f1, f2, f3 = step[p + 1, v], step[p + 1, v + 1], step[p + 1, v + 2], step[p + 1, v + 3]
-                    e0, e1, e2, e3 = slope * d0, slope * d1, slope * d2, slope * d3
-                    g0, g1, g2, g3 = slope * f0, slope * f1, slope * f2, slope * f3
+                    e0, e1, e2, e3 = bend * d0, bend * d1, bend * d2, bend * d3
+                    g0, g1, g2, g3 = bend * f0, bend * f1, bend * f2, bend * f3
                     for i in range(hidden):
                         b0, b1, b2, b3, n0, n1 = a0[i], a1[i], a2[i], a3[i], -q0[i], -q1[i]
-                        x0, x1 = d0 if b0 > n0 else e0, d1 if b1 > n0 else e1
-                        x2, x3 = d2 if b2 > n0 else e2, d3 if b3 > n0 else e3
-                        y0, y1 = f0 if b0 > n1 else g0, f1 if b1 > n1 else g1
-                        y2, y3 = f2 if b2 > n1 else g2, f3 if b3 > n1 else g3
-                        r0[i] += (x0 + x1) + (x2 + x3)
-                        r1[i] += (y0 + y1) + (y2 + y3)
-                        t0[i] += x0 + y0
-                        t1[i] += x1 + y1
-                        t2[i] += x2 + y2
-                        t3[i] += x3 + y3
+                        r0[i] += (d0 if b0 > n0 else zero) + (d1 if b1 > n0 else zero)
+                        r0[i] += (d2 if b2 > n0 else zero) + (d3 if b3 > n0 else zero)
+                        r1[i] += (f0 if b0 > n1 else zero) + (f1 if b1 > n1 else zero)
+                        r1[i] += (f2 if b2 > n1 else zero) + (f3 if b3 > n1 else zero)
+                        t0[i] += (e0 if b0 > n0 else zero) + (g0 if b0 > n1 else zero)
+                        t1[i] += (e1 if b1 > n0 else zero) + (g1 if b1 > n1 else zero)
+                        t2[i] += (e2 if b2 > n0 else zero) + (g2 if b2 > n1 else zero)
+                        t3[i] += (e3 if b3 > n0 else zero) + (g3 if b3 > n1 else zero)
                 for r in range(min(4, count - v)):
-                    av, t, gav = a[first + v + r], total[r], grad_a[first + v + r]
+                    av, t, gav, flat = a[first + v + r], total[r], grad_a[first + v + r], zero
+                    for p in range(queries):
+                        flat += step[p, v + r]
+                        level[p] += step[p, v + r]
                     for i in range(hidden):
-                        gav[i] = w[i] * t[i]
-                        rw[i] += av[i] * t[i]
+                        gav[i] = w[i] * (t[i] + slope * flat)
+                        rw[i] += av[i] * (t[i] + slope * flat)
+        for p in range(queries):
+            row, flat = rq[p], slope * level[p]
+            for i in range(hidden):
+                row[i] = bend * row[i] + flat
 
 
 @kernel
