@@ -26,7 +26,7 @@ from perturbcore.data import (
     MissingInput,
     Screen,
     Split,
-    check_shared_names,
+    check_knowledge,
     make_split,
     prepare,
     read,
@@ -202,16 +202,6 @@ def claim(out: Path, *, replace_job: str | None = None) -> None:
         f"{out} already holds a run{f' of {started[:10]}' if started else ''}. "
         "Choose another folder with --out, or remove it first."
     )
-
-
-def check_knowledge(screen: Screen, graphs: Sequence[KnowledgeGraph], embedding: GeneEmbedding | None) -> None:
-    """Raise DataError for knowledge that names none of a screen's genes, such as symbols against Ensembl ids."""
-    perturbed = sorted({gene for perturbation in screen.perturbations for gene in perturbation.genes})
-    for graph in graphs:
-        check_shared_names(perturbed, graph.nodes.tolist(), f"graph {graph.name}")
-        check_shared_names(screen.genes.tolist(), graph.nodes.tolist(), f"graph {graph.name}")
-    if embedding is not None:
-        check_shared_names(perturbed, embedding.genes.tolist(), f"embedding {embedding.name}")
 
 
 def kind_of(name: str) -> type[Model]:

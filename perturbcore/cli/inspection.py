@@ -33,8 +33,7 @@ def inspect(
 
     Exits with 0 only if the screen can be used as it is; otherwise it says what to mend.
     """
-    from perturbcore.comparison import check_knowledge
-    from perturbcore.data import GeneEmbedding, KnowledgeGraph, read
+    from perturbcore.data import GeneEmbedding, KnowledgeGraph, check_knowledge, read
     from perturbcore.data.errors import listed
 
     screen = read(file, perturbation, control, context_column, batch, scale, verbose=not as_json)

@@ -39,7 +39,7 @@ def fit(
 
     Example: perturbcore fit screen.h5ad --model adapert --knowledge string.csv.gz --out models/first
     """
-    from perturbcore.comparison import build, check_knowledge, claim, kind_of
+    from perturbcore.comparison import build, claim, kind_of
     from perturbcore.data import GeneEmbedding, KnowledgeGraph, make_split, prepare, read
 
     changes = options.overrides(set_)
@@ -51,7 +51,6 @@ def fit(
     vectors = None if embedding is None else GeneEmbedding.read(embedding)
     candidate = build(kind_of(model), graphs, vectors, preset, epochs, strict, changes.get(model, {}))
     screen = read(file, perturbation, control, context_column, batch, scale)
-    check_knowledge(screen, graphs, vectors)
     made = make_split(split, screen, context=context, seed=seed)
     candidate.fit(prepare(screen, made), made, seed=seed, run_dir=out, resume=resume)
     made.to_json(out / "split.json")

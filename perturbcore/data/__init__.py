@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from perturbcore.data.embedding import GeneEmbedding
     from perturbcore.data.errors import DataError, MissingInput
     from perturbcore.data.genes import highly_variable_genes, prepare, training_rows
-    from perturbcore.data.identifiers import check_shared_names, identifier_kind
+    from perturbcore.data.identifiers import check_knowledge, check_shared_names, identifier_kind
     from perturbcore.data.knowledge import KnowledgeGraph
     from perturbcore.data.perturbation import Condition, Perturbation
     from perturbcore.data.prediction import predictions, shift_cells, with_controls
@@ -31,6 +31,7 @@ __all__ = [
     "Screen",
     "Simulation",
     "Split",
+    "check_knowledge",
     "check_shared_names",
     "highly_variable_genes",
     "identifier_kind",
@@ -58,6 +59,7 @@ _HOME = {
     "Screen": "screen",
     "Simulation": "simulator",
     "Split": "split",
+    "check_knowledge": "identifiers",
     "check_shared_names": "identifiers",
     "highly_variable_genes": "genes",
     "identifier_kind": "identifiers",

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from perturbcore.data.errors import DataError, listed
+
+if TYPE_CHECKING:
+    from perturbcore.data.embedding import GeneEmbedding
+    from perturbcore.data.knowledge import KnowledgeGraph
+    from perturbcore.data.screen import Screen
 
 # STRING puts the taxon before the id: 9606.ENSP00000269305
 _ENSEMBL = re.compile(r"(\d+\.)?ENS[A-Z]{0,5}[GTP]\d{11}(\.\d+)?")
@@ -37,3 +43,18 @@ def check_shared_names(wanted: Collection[str], known: Collection[str], what: st
         f"The {what} knows none of the {len(wanted)} genes asked for ({listed(wanted, 3)}); "
         f"it holds names such as {listed(known, 3)}. Is it of the same species?"
     )
+
+
+def check_knowledge(screen: Screen, graphs: Sequence[KnowledgeGraph], embedding: GeneEmbedding | None) -> None:
+    """Refuse knowledge of none of the perturbed genes, or that names genes in another way than the measured ones.
+
+    A graph may know none of the measured genes (a panel of markers, say) as long as it speaks their language.
+    """
+    measured = screen.genes.tolist()
+    perturbed = sorted({gene for perturbation in screen.perturbations for gene in perturbation.genes})
+    for graph in graphs:
+        check_shared_names(perturbed, graph.nodes.tolist(), f"graph {graph.name}")
+        if identifier_kind(measured) != identifier_kind(graph.nodes.tolist()):
+            check_shared_names(measured, graph.nodes.tolist(), f"graph {graph.name}")
+    if embedding is not None:
+        check_shared_names(perturbed, embedding.genes.tolist(), f"embedding {embedding.name}")

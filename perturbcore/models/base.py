@@ -29,6 +29,7 @@ from perturbcore.data import (
     Perturbation,
     Screen,
     Split,
+    check_knowledge,
     predictions,
     shift_cells,
 )
@@ -149,7 +150,8 @@ class Model(ABC):
 
         Raises:
             MissingInput: the model needs a graph or an embedding and has none.
-            DataError: the screen still holds counts, or the split has no training conditions.
+            DataError: the screen still holds counts, the split has no training conditions, or graph or embedding name
+                genes in another way than the screen.
             RunError: `run_dir` already holds a run, or one with another configuration.
         """
         if screen.scale.kind != "log1p":
@@ -158,6 +160,7 @@ class Model(ABC):
             )
         if not split.train:
             raise DataError(f"split {split.name!r} has no training conditions")
+        check_knowledge(screen, [] if self.graph is None else [self.graph], self.embedding)
         folder = None if run_dir is None else Path(run_dir)
         if folder is not None and not resume and any((folder / name).exists() for name in ("config.json", METRICS)):
             raise RunError(f"{folder} already holds a run: choose another folder, or resume it")
