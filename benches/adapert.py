@@ -13,44 +13,53 @@ import numpy as np
 import pandas as pd
 
 from perturbcore.data import Condition, Screen, Simulation, prepare, simulate, unseen_perturbation
+from perturbcore.metrics.comparison import Comparison
+from perturbcore.metrics.evaluate import score
 from perturbcore.models import BASELINES, AdaPert, Model
+
+SHOWN = ["pearson_delta", "discrimination_score_l1", "variance_ratio", "mae_delta", "skill_over_mean"]
 
 
 def compare(simulation: Simulation, **options: Any) -> pd.DataFrame:
-    """Fit AdaPert and the baselines; return Pearson Δ, discrimination, variance ratio, precision and seconds."""
+    """Fit AdaPert and the baselines; return their scores, the precision of AdaPert's selection, and seconds."""
     split = unseen_perturbation(simulation.screen)
     screen = prepare(simulation.screen, split, n_genes=simulation.screen.num_genes)
-    rows = []
+    mean = screen.deltas(split.train).mean(axis=0, dtype=np.float64)
     kinds: dict[str, type[Model]] = {**BASELINES, "adapert": AdaPert}
+    compared, extra = {}, {}
     for name, kind in kinds.items():
         started = time.perf_counter()
         own = options if name == "adapert" else {}
         model = kind(graph=simulation.graph, embedding=simulation.embedding, **own)
         model.fit(screen, split)
-        predicted = model.deltas(screen, split.test)
-        seconds = time.perf_counter() - started
-        row = {"model": name, **scores(screen, split.test, predicted), "seconds": seconds}
+        compared[name] = comparisons(screen, split.test, model.deltas(screen, split.test), mean)
+        extra[name] = {"seconds": time.perf_counter() - started}
         if isinstance(model, AdaPert):
-            row["precision"] = precision(simulation, model, split.test)
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("model")
+            extra[name]["precision"] = precision(simulation, model, split.test)
+    return score(compared).table()[SHOWN].join(pd.DataFrame(extra).T)
 
 
-def scores(screen: Screen, conditions: Sequence[Condition], predicted: np.ndarray) -> dict[str, float]:
-    """Return mean Pearson Δ, mean discrimination by L1 (perturbed genes left out) and the variance ratio."""
-    real = screen.deltas(conditions)
-    pearson, discrimination = [], []
-    for i, condition in enumerate(conditions):
-        pearson.append(np.corrcoef(predicted[i], real[i])[0, 1] if predicted[i].std() else 0.0)
-        keep = ~np.isin(screen.genes, condition.perturbation.genes)
-        rivals = [j for j, other in enumerate(conditions) if other.context == condition.context]
-        distance = np.abs(predicted[i, keep] - real[rivals][:, keep]).sum(axis=1)
-        discrimination.append(1 - (distance < distance[rivals.index(i)]).mean())
-    return {
-        "pearson_delta": float(np.mean(pearson)),
-        "discrimination_l1": float(np.mean(discrimination)),
-        "variance_ratio": float(predicted.var(axis=0).sum() / real.var(axis=0).sum()),
-    }
+def comparisons(
+    screen: Screen, conditions: Sequence[Condition], predicted: np.ndarray, mean: np.ndarray
+) -> list[Comparison]:
+    """Return predicted [P, G] beside measured responses, a comparison per context; `mean` [G] is that of training."""
+    real, found = screen.deltas(conditions).astype(np.float64), []
+    for context in sorted({c.context for c in conditions}):
+        here = [i for i, c in enumerate(conditions) if c.context == context]
+        control = screen.control_mean(context).astype(np.float64)
+        found.append(
+            Comparison(
+                context,
+                screen.genes,
+                tuple(conditions[i].perturbation for i in here),
+                control + real[here],
+                control + predicted[here],
+                control,
+                control,
+                mean,
+            )
+        )
+    return found
 
 
 def precision(simulation: Simulation, model: AdaPert, conditions: Sequence[Condition]) -> float:
