@@ -19,6 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from perturbcore.kernels.common import triton_gpu as common
+from perturbcore.kernels.graph import gatv2_triton_gpu as gatv2
 from perturbcore.kernels.graph import triton_gpu as graph
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -33,6 +34,19 @@ SPMM = CSR | {"edge": "*i32", "weight": "*fp32", "x": "*fp32", "out": "*fp32"}
 SIZES = dict.fromkeys(("num_rows", "num_edges", "features", "terms"), "i32")
 BLOCKS = {"ACCUMULATOR": tl.float32, "BLOCK_E": graph.BLOCK_EDGES}
 SDDMM = CSR | {"a": "*fp32", "b": "*fp32", "out": "*fp32"} | SIZES | {"a_stride": "i32", "b_stride": "i32"}
+SHAPE = dict.fromkeys(("num_rows", "num_edges", "heads", "channels"), "i32") | {"negative_slope": "fp64"}
+GATV2 = {
+    "forward": (gatv2._gatv2_fwd_kernel, (*CSR, "u", "v", "att", "y", "lse")),
+    "attention": (gatv2._gatv2_attention_kernel, (*CSR, "u", "v", "att", "lse", "attention")),
+    "by destination": (
+        gatv2._gatv2_bwd_destination_kernel,
+        (*CSR, "u", "v", "att", "y", "lse", "grad", "centre", "grad_v", "grad_att"),
+    ),
+    "by source": (
+        gatv2._gatv2_bwd_source_kernel,
+        ("t_rowptr", "t_col", "u", "v", "att", "lse", "grad", "centre", "grad_u"),
+    ),
+}
 DRAW = {"key_low": "i64", "key_high": "i64", "row": "*i64", "column": "*i64", "out": "*fp32", "size": "i32"}
 
 # name: kernel, types of its arguments, constants, warps; the configurations that the launchers use
@@ -46,6 +60,12 @@ for size in (64, 128):
         types = SPMM | SIZES | {"weight_stride": "i32", "x_stride": "i32"}
         constants = BLOCKS | {"WEIGHTED": True, "PERMUTED": permuted, "BLOCK_D": size}
         CONFIGURATIONS[f"{name} d={size}"] = (graph._spmm_fwd_kernel, types, constants, graph.WARPS)
+for name, (kernel, tensors) in GATV2.items():
+    for number, channels in (("fp32", 32), ("fp32", 128), ("fp64", 128)):
+        types = {tensor: "*i32" if tensor.endswith(("rowptr", "col")) else f"*{number}" for tensor in tensors} | SHAPE
+        constants = gatv2.blocks(channels)
+        warps = constants.pop("num_warps")
+        CONFIGURATIONS[f"gatv2 {name} {number} c={channels}"] = (kernel, types, constants, warps)
 
 
 def usage(binary: Path, architecture: int) -> Iterator[tuple[str, dict[str, int]]]:
@@ -104,7 +124,7 @@ def main() -> int:
             f"{what} {value} > {allowed.get(what)}" for what, value in needs.items() if value > allowed.get(what, -1)
         ]
         failed |= bool(over)
-        print(f"{name:44}", *(f"{what} {value:6}" for what, value in needs.items()), *over, sep="  ")
+        print(f"{name:48}", *(f"{what} {value:6}" for what, value in needs.items()), *over, sep="  ")
     return int(failed)
 
 

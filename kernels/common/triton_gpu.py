@@ -1,4 +1,4 @@
-"""Philox4x32-10 in Triton; the package docstring states the convention."""
+"""What the Triton kernels share: the entries of a CSR row, and Philox4x32-10 (the package docstring says how)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from perturbcore.kernels.common.reference import LOW
 from torch import Tensor
 
 BLOCK = 256
+
+
+@triton.jit
+def entries_of(ptr, row, num_entries):
+    """First entry of a row and the one after its last, inside 0 .. num_entries whatever the pointers hold."""
+    first = tl.load(ptr + row).to(tl.int64)
+    last = tl.load(ptr + row + 1).to(tl.int64)
+    return tl.maximum(first, 0), tl.minimum(last, num_entries)
+
+
+@triton.jit
+def indices_at(index, entry, last, bound):
+    """The indices of a block of entries of a row that ends before ``last``, and which of them lie in 0 .. bound - 1."""
+    j = tl.load(index + entry, mask=entry < last, other=-1).to(tl.int64)
+    return j, (j >= 0) & (j < bound)
 
 
 @triton.jit

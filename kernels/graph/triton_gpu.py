@@ -1,4 +1,4 @@
-"""The graph family in Triton.
+"""The graph family in Triton: the sparse products; attention has a file of its own, and is named here.
 
 One program reduces one row, or samples the products at one row's edges, for one batch element: every sum has one
 program and one order, and there is no atomic. The structure is not checked, as that would wait for the device: an index
@@ -12,20 +12,16 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from perturbcore.kernels.common.triton_gpu import entries_of, indices_at
+from perturbcore.kernels.graph.gatv2_triton_gpu import gatv2, gatv2_attention, gatv2_backward
 from perturbcore.kernels.graph.reference import spmm_batch
 from torch import Tensor
+
+__all__ = ["gatv2", "gatv2_attention", "gatv2_backward", "spmm", "spmm_backward"]
 
 BLOCK_EDGES = 16
 MAX_BLOCK_FEATURES = 128
 WARPS = 2
-
-
-@triton.jit
-def _edges_of(rowptr, row, num_edges):
-    """First edge of a row and the one after its last, inside 0 .. num_edges whatever the pointers hold."""
-    first = tl.load(rowptr + row).to(tl.int64)
-    last = tl.load(rowptr + row + 1).to(tl.int64)
-    return tl.maximum(first, 0), tl.minimum(last, num_edges)
 
 
 @triton.jit
@@ -53,15 +49,14 @@ def _spmm_fwd_kernel(
     row = program % num_rows
     result = program // num_rows // tiles
     d = program // num_rows % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    first, last = _edges_of(rowptr, row, num_edges)
+    first, last = entries_of(rowptr, row, num_edges)
     total = tl.zeros((BLOCK_D,), dtype=ACCUMULATOR)
     for term in range(terms):
         weight_b = weight + (result + term) * weight_stride
         x_b = x + (result + term) * x_stride
         for begin in range(first, last, BLOCK_E):
             e = begin + tl.arange(0, BLOCK_E)
-            j = tl.load(col + e, mask=e < last, other=-1).to(tl.int64)
-            inside = (j >= 0) & (j < num_rows)
+            j, inside = indices_at(col, e, last, num_rows)
             if PERMUTED:
                 e = tl.load(edge + e, mask=inside, other=-1).to(tl.int64)
                 inside &= (e >= 0) & (e < num_edges)
@@ -92,11 +87,10 @@ def _sddmm_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     row, result = program % num_rows, program // num_rows
-    first, last = _edges_of(rowptr, row, num_edges)
+    first, last = entries_of(rowptr, row, num_edges)
     for begin in range(first, last, BLOCK_E):
         e = begin + tl.arange(0, BLOCK_E)
-        j = tl.load(col + e, mask=e < last, other=-1).to(tl.int64)
-        inside = (j >= 0) & (j < num_rows)
+        j, inside = indices_at(col, e, last, num_rows)
         product = tl.zeros((BLOCK_E,), dtype=ACCUMULATOR)
         for term in range(terms):
             a_row = a + (result + term) * a_stride + row * features

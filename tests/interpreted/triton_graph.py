@@ -18,11 +18,32 @@ def random_graph(num_nodes, num_edges, seed=0):
     return ops.Graph.from_edges(src, dst, num_nodes)
 
 
-def values_and_gradients(backend, graph, x, weight, grad, reduce):
-    inputs = [t.clone().requires_grad_() for t in (x, weight) if t is not None]
-    with ops.backend(backend):
-        y = ops.spmm(graph, *inputs, reduce=reduce)
-        return y.detach(), *torch.autograd.grad(y, inputs, grad)
+def normals(*shapes):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def agrees_with_the_reference(op, inputs, dtype):
+    """Compare results and gradients of an op with those of the reference in float64."""
+
+    def pulled(backend, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        with ops.backend(backend):
+            results = op(*leaves)
+            results = results if isinstance(results, tuple) else (results,)
+            loss = sum((r * torch.linspace(-1, 2, r.numel(), dtype=dtype).view(r.shape)).sum() for r in results)
+            return *results, *torch.autograd.grad(loss, leaves)
+
+    for result, right in zip(pulled("triton", dtype), pulled("reference", torch.float64), strict=True):
+        assert result.dtype == dtype
+        assert result.shape == right.shape
+        scale = float(right.detach().abs().max().clamp(min=0.1)) if right.numel() else 0.0
+        torch.testing.assert_close(
+            result.double(), right, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 1e-12)
+        )
+
+
+DTYPES = [torch.float32, torch.float64]
 
 
 CASES = [
@@ -41,22 +62,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("nodes", "edges", "features", "x_batch", "weight_batch", "reduce"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_spmm_and_its_gradients(nodes, edges, features, x_batch, weight_batch, reduce, dtype):
-    graph = random_graph(nodes, edges)
-    generator = torch.Generator().manual_seed(1)
-    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-    x, weight = normal(*x_batch, nodes, features), None if weight_batch is None else normal(*weight_batch, edges)
-    grad = normal(*(x_batch or weight_batch or ()), nodes, features)
-    expected = values_and_gradients("reference", graph, x, weight, grad, reduce)
-    given = [None if t is None else t.to(dtype) for t in (x, weight, grad)]
-    for result, right in zip(values_and_gradients("triton", graph, *given, reduce), expected, strict=True):
-        assert result.dtype == dtype
-        assert result.shape == right.shape
-        scale = right.abs().max() if right.numel() else 0.0
-        torch.testing.assert_close(
-            result.double(), right, rtol=0, atol=float(scale) * (1e-5 if dtype.itemsize == 4 else 1e-12)
-        )
+    shapes = [(*x_batch, nodes, features)] + ([] if weight_batch is None else [(*weight_batch, edges)])
+    op = functools.partial(ops.spmm, random_graph(nodes, edges), reduce=reduce)
+    agrees_with_the_reference(op, normals(*shapes), dtype)
 
 
 def test_spmm_of_strided_input():
@@ -91,6 +101,78 @@ def test_a_tensor_that_is_too_short_is_refused(short):
         given.pop("grad")
         with pytest.raises(ValueError, match=r" has shape \["):
             triton_gpu.spmm(*given.values())
+
+
+ATTENDED = [
+    # nodes, edges, heads, channels, slope
+    (7, 45, 2, 5, 0.2),
+    (5, 37, 1, 1, 0.0),
+    (3, 20, 3, 17, 1.0),
+    (4, 9, 1, 130, -0.3),
+    (1, 3, 2, 4, 0.2),
+    (6, 0, 2, 3, 0.2),
+    (0, 0, 2, 3, 0.2),
+    (4, 9, 0, 3, 0.2),
+    (4, 9, 2, 0, 0.2),
+]
+
+
+@pytest.mark.parametrize(("nodes", "edges", "heads", "channels", "slope"), ATTENDED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gatv2_and_its_gradients(nodes, edges, heads, channels, slope, dtype):
+    inputs = normals((nodes, heads, channels), (nodes, heads, channels), (heads, channels))
+    op = functools.partial(ops.gatv2, random_graph(nodes, edges), negative_slope=slope)
+    agrees_with_the_reference(op, inputs, dtype)
+    attention = {}
+    for backend in ("triton", "reference"):
+        with ops.backend(backend):
+            attention[backend] = op(*(t.to(dtype) for t in inputs), return_attention=True)[1]
+    torch.testing.assert_close(attention["triton"], attention["reference"], rtol=0, atol=1e-5)
+
+
+def test_gatv2_of_strided_input_and_of_scores_that_overflow_exp():
+    graph, (u, v, att) = random_graph(6, 40), normals((6, 5, 2), (6, 5, 2), (5, 2))
+    agrees_with_the_reference(lambda u, v, att: ops.gatv2(graph, u.mT, v.mT, att.mT), [u, v, att], torch.float64)
+    y = {}
+    for backend in ("triton", "reference"):
+        with ops.backend(backend):
+            y[backend] = ops.gatv2(graph, u.mT * 1000, v.mT, att.mT)
+            assert ops.gatv2(graph, u.mT * torch.inf, v.mT, att.mT)[0].isnan().all()
+    torch.testing.assert_close(y["triton"], y["reference"])
+
+
+def test_gatv2_repeats_its_bits():
+    graph, inputs = random_graph(5, 40), [t.float().requires_grad_() for t in normals((5, 1, 3), (5, 1, 3), (1, 3))]
+    with ops.backend("triton"):
+        first, again = (torch.autograd.grad(ops.gatv2(graph, *inputs).square().sum(), inputs) for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+
+
+def test_gatv2_of_a_corrupt_structure():
+    anything = torch.tensor([5, -1, 2**31 - 1, -(2**31), 0], dtype=torch.int32)
+    col, rowptr = anything.repeat(6), torch.tensor([0, 5, 10, 30, 30, 30], dtype=torch.int32)
+    broken = torch.tensor([-(2**31), 30, 2**31 - 1, 31, -5, 2**31 - 1], dtype=torch.int32)
+    u, v, att = (t.float() for t in normals((5, 1, 3), (5, 1, 3), (1, 3)))
+    y, lse = triton_gpu.gatv2(rowptr, col, rowptr, col, col, u, v, att, 0.2)
+    torch.testing.assert_close(y[:3], u[:1].expand(3, 1, 3))  # only the edges from node 0 point inside
+    assert (y[3:] == 0).all()
+    attention = triton_gpu.gatv2_attention(rowptr, col, u, v, att, lse, 0.2)[:, 0]
+    assert (attention.reshape(6, 5)[:, :4] == 0).all()
+    torch.testing.assert_close(attention.reshape(6, 5)[:, 4], torch.tensor([1, 1, 0.25, 0.25, 0.25, 0.25]))
+    gradients = triton_gpu.gatv2_backward(rowptr, col, rowptr, col, col, u, v, att, 0.2, y, lse, torch.ones_like(u))
+    assert all(g.isfinite().all() for g in gradients)
+    triton_gpu.gatv2_backward(broken, col, broken, col, col, u, v, att, 0.2, y, lse, torch.ones_like(u))
+
+
+@pytest.mark.parametrize("short", ["u", "v", "t_rowptr", "t_col", "y", "lse", "grad"])
+def test_gatv2_refuses_a_tensor_that_is_too_short(short):
+    graph = random_graph(5, 30)
+    given = {name: getattr(graph, name) for name in ("rowptr", "col", "t_rowptr", "t_col", "t_perm")}
+    given |= {"u": torch.ones(5, 1, 3), "v": torch.ones(5, 1, 3), "att": torch.ones(1, 3), "negative_slope": 0.2}
+    given |= {"y": torch.ones(5, 1, 3), "lse": torch.ones(5, 1), "grad": torch.ones(5, 1, 3)}
+    given[short] = given[short][:-1]
+    with pytest.raises(ValueError, match=" has shape"):
+        triton_gpu.gatv2_backward(*given.values())
 
 
 def test_random_words_equal_the_reference():
