@@ -19,6 +19,8 @@ from typing import Any
 import triton
 import triton.language as tl
 from perturbcore.kernels.common import triton_gpu as common
+from perturbcore.kernels.graph import gate_triton_gpu as gate
+from perturbcore.kernels.graph import gated_pool_triton_gpu as pool
 from perturbcore.kernels.graph import gatv2_triton_gpu as gatv2
 from perturbcore.kernels.graph import triton_gpu as graph
 from triton.backends.compiler import GPUTarget
@@ -47,6 +49,32 @@ GATV2 = {
         ("t_rowptr", "t_col", "u", "v", "att", "lse", "grad", "centre", "grad_u"),
     ),
 }
+# gated pooling: the kernel, its tensors of floats, of integers, its sizes and other numbers, its constants
+SLOPE = {"negative_slope": "fp64"}
+CURVE = {"key_low": "i64", "key_high": "i64", "tau": "fp64", "shift": "fp64"}
+SEEDED = {"SEEDED": True, "HARD": True, "WEIGHTED": True, "BLOCK": gate.BLOCK}
+SUM = (("weight", "x", "out"), ("ptr", "other"), ("others", "entries", "features"), SLOPE)
+POOL: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...], tuple[str, ...], dict[str, str], dict[str, Any]]] = {
+    "score": (
+        *(pool._dense_score_kernel, ("a", "q", "w", "score"), (), ("queries", "nodes", "hidden"), SLOPE, pool.TILE),
+    ),
+    "gate": (gate._gate_kernel, ("score", "gate", "share"), (), ("pairs", "nodes"), CURVE, SEEDED),
+    "gate backward": (
+        *(gate._gate_bwd_kernel, ("score", "pull", "grad_size", "grad_gate", "grad_score"), ()),
+        *(("pairs", "nodes", "queries"), CURVE, SEEDED),
+    ),
+    "sum": (
+        *(pool._dense_sum_kernel, ("weight", "own", "x", "out"), ()),
+        *(("rows", "others", "hidden", "row_stride", "other_stride"), SLOPE, pool.SUMS | {"CHUNK": pool.CHUNK}),
+    ),
+    "ragged score": (
+        *(pool._ragged_product_kernel, ("x", "own", "w", "out"), ("row", "idx")),
+        *(("queries", "nodes", "pairs", "features"), SLOPE, pool.PAIRS),
+    ),
+    "ragged gate": (gate._gate_kernel, ("score", "gate", "share"), ("row", "idx"), ("pairs", "nodes"), CURVE, SEEDED),
+    "ragged sum": (pool._ragged_sum_kernel, *SUM, pool.PAIRS),
+    "ragged sum by node": (*(pool._ragged_sum_kernel, ("own", *SUM[0]), ("order", *SUM[1]), *SUM[2:], pool.PAIRS),),
+}
 DRAW = {"key_low": "i64", "key_high": "i64", "row": "*i64", "column": "*i64", "out": "*fp32", "size": "i32"}
 
 # name: kernel, types of its arguments, constants, warps; the configurations that the launchers use
@@ -66,6 +94,16 @@ for name, (kernel, tensors) in GATV2.items():
         constants = gatv2.blocks(channels)
         warps = constants.pop("num_warps")
         CONFIGURATIONS[f"gatv2 {name} {number} c={channels}"] = (kernel, types, constants, warps)
+for name, (kernel, floats, integers, sizes, numbers, constants) in POOL.items():
+    for number in ("fp32", "fp64"):
+        types = (
+            dict.fromkeys(floats, f"*{number}")
+            | dict.fromkeys(integers, "*i64")
+            | dict.fromkeys(sizes, "i32")
+            | numbers
+        )
+        absent = {a: None for a in kernel.arg_names if a not in types and a not in constants}
+        CONFIGURATIONS[f"gated_pool {name} {number}"] = (kernel, types, constants | absent, 4)
 
 
 def usage(binary: Path, architecture: int) -> Iterator[tuple[str, dict[str, int]]]:

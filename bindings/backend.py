@@ -25,7 +25,7 @@ MODULES = {
 SERVES = {
     "reference": frozenset(FAMILY),
     "numba": frozenset(FAMILY),
-    "triton": frozenset(GRAPH) - {"gated_pool", "gated_pool_backward"},
+    "triton": frozenset(GRAPH),
     "cuda": frozenset({"spmm", "spmm_backward"}),
 }
 DEFAULTS = {"cpu": ("numba", "reference"), "cuda": ("triton", "cuda", "reference")}

@@ -37,10 +37,10 @@ def word(key_low, key_high, row, column):
 
 
 @triton.jit
-def logistic_noise(key_low, key_high, row, column):
-    """Standard logistic noise of each logical index (row, column), float32."""
+def logistic_noise(key_low, key_high, row, column, dtype: tl.constexpr):
+    """Standard logistic noise of each logical index (row, column), computed in ``dtype``."""
     odd = (word(key_low, key_high, row, column) >> 8) * 2 + 1
-    return tl.log(odd.to(tl.float32) / (33554432 - odd).to(tl.float32))  # 2^25
+    return tl.log(odd.to(dtype) / (33554432 - odd).to(dtype))  # 2^25
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high"])
@@ -49,7 +49,7 @@ def _draw_kernel(key_low, key_high, row, column, out, size, LOGISTIC: tl.constex
     inside = index < size
     i, j = tl.load(row + index, mask=inside), tl.load(column + index, mask=inside)
     if LOGISTIC:
-        drawn = logistic_noise(key_low, key_high, i, j)
+        drawn = logistic_noise(key_low, key_high, i, j, out.dtype.element_ty)
     else:
         drawn = word(key_low, key_high, i, j).to(tl.int64)
     tl.store(out + index, drawn.to(out.dtype.element_ty), mask=inside)
@@ -70,5 +70,5 @@ def words(seed: int, row: Tensor, column: Tensor) -> Tensor:
 
 
 def logistic(seed: int, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return standard logistic noise for every logical index (row, column), computed in float32."""
+    """Return standard logistic noise for every logical index (row, column), computed in ``dtype``."""
     return _draw(seed, row, column, dtype, noise=True)

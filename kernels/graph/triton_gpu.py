@@ -1,4 +1,4 @@
-"""The graph family in Triton: the sparse products; attention has a file of its own, and is named here.
+"""The graph family in Triton: the sparse products; attention and gated pooling have a file each, and are named here.
 
 One program reduces one row, or samples the products at one row's edges, for one batch element: every sum has one
 program and one order, and there is no atomic. The structure is not checked, as that would wait for the device: an index
@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from perturbcore.kernels.common.triton_gpu import entries_of, indices_at
+from perturbcore.kernels.graph.gated_pool_triton_gpu import gated_pool, gated_pool_backward
 from perturbcore.kernels.graph.gatv2_triton_gpu import gatv2, gatv2_attention, gatv2_backward
 from perturbcore.kernels.graph.reference import spmm_batch
 from torch import Tensor
 
-__all__ = ["gatv2", "gatv2_attention", "gatv2_backward", "spmm", "spmm_backward"]
+__all__ = ["gated_pool", "gated_pool_backward", "gatv2", "gatv2_attention", "gatv2_backward", "spmm", "spmm_backward"]
 
 BLOCK_EDGES = 16
 MAX_BLOCK_FEATURES = 128

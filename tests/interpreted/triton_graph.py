@@ -175,6 +175,96 @@ def test_gatv2_refuses_a_tensor_that_is_too_short(short):
         triton_gpu.gatv2_backward(*given.values())
 
 
+CANDIDATES = torch.tensor([0, 9, 9, 12]), torch.tensor([4, 0, 4, 1, 2, 6, 6, 5, 3, 0, 1, 6])
+
+
+def pooling(ragged, **options):
+    """gated_pool as a function that returns a plain tuple; leaves the reference to draw the same noise."""
+    candidates = CANDIDATES if ragged else None
+    return lambda a, q, w, h: tuple(ops.gated_pool(a, q, w, h, candidates=candidates, tau=0.7, **options))
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": 5},
+        {"seed": -(2**40) - 7, "hard": False, "pool": "mean"},
+        {"hard": False, "weighted": False, "threshold": 0.4},
+        {"weighted": False, "pool": "sum", "negative_slope": 1.5},
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_pool_and_its_gradients(ragged, options, dtype):
+    agrees_with_the_reference(pooling(ragged, **options), normals((7, 35), (3, 35), (35,), (7, 33)), dtype)
+
+
+POOLED = [
+    # nodes, queries, hidden, features
+    (0, 2, 3, 2),
+    (1, 1, 1, 1),
+    (5, 0, 3, 2),
+    (4, 2, 0, 3),
+    (6, 2, 3, 0),
+    (67, 17, 2, 3),  # one over a tile, both ways
+    (260, 1, 2, 1),  # over a chunk
+]
+
+
+@pytest.mark.parametrize(("nodes", "queries", "hidden", "features"), POOLED)
+def test_gated_pool_of_odd_sizes(nodes, queries, hidden, features):
+    inputs = normals((nodes, hidden), (queries, hidden), (hidden,), (nodes, features))
+    agrees_with_the_reference(pooling(False, seed=1), inputs, torch.float32)
+    everyone = torch.arange(queries + 1) * nodes, torch.arange(nodes).repeat(queries)
+    listed = lambda *given: tuple(ops.gated_pool(*given, candidates=everyone, seed=1))  # noqa: E731
+    agrees_with_the_reference(listed, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+def test_gated_pool_repeats_its_bits_and_takes_strided_input(ragged):
+    inputs = [t.float() for t in normals((9, 7), (9, 3), (9,), (4, 7))]
+
+    def pulled(given):
+        with ops.backend("triton"):
+            leaves = [t.requires_grad_() for t in given]
+            pooled = pooling(ragged, seed=3)(*leaves)[0]
+            return [pooled, *torch.autograd.grad(pooled.square().sum(), leaves)]
+
+    strided = [t.mT if t.dim() > 1 else t for t in inputs]
+    first, again, dense = pulled(strided), pulled(strided), pulled([t.contiguous() for t in strided])
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(first, dense, strict=True))
+
+
+def test_gated_pool_of_corrupt_candidates():
+    a, q, w, h = (t.float() for t in normals((5, 3), (2, 3), (3,), (5, 2)))
+    idx = torch.tensor([5, -1, 2**63 - 1, -(2**63), 0, 1])
+    gate = (0.7, False, 3, 0.5, True, "sum", 0.2)
+    for ptr in ([0, 5, 6], [-9, 6, 2**62], [6, 0, -1]):
+        given = (a, q, w, h, torch.tensor(ptr), idx, *gate)
+        pooled, opened, score, size = triton_gpu.gated_pool(*given)
+        assert pooled.isfinite().all()
+        assert (score[:4] == 0).all()
+        if ptr == [0, 5, 6]:
+            shares = opened[4:, None] * score[4:, None].sigmoid()
+            torch.testing.assert_close(pooled, shares * h[:2])  # of the first list only node 0 is one
+        grads = torch.ones_like(pooled), torch.ones_like(score), torch.ones_like(score)
+        gradients = triton_gpu.gated_pool_backward(*given, pooled, score, size, *grads)
+        assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("short", ["w", "q", "h", "ptr", "pooled", "score", "size", "grad_gate"])
+def test_gated_pool_refuses_a_tensor_that_is_too_short(short):
+    given = {"a": torch.ones(5, 3), "q": torch.ones(2, 3), "w": torch.ones(3), "h": torch.ones(5, 2)}
+    given |= {"ptr": torch.tensor([0, 1, 2]), "idx": torch.tensor([0, 1]), "tau": 0.7, "hard": True, "seed": 3}
+    given |= {"threshold": 0.5, "weighted": True, "pool": "sum", "negative_slope": 0.2, "pooled": torch.ones(2, 2)}
+    given |= {name: torch.ones(2) for name in ("score", "size")}
+    given |= {"grad_pooled": torch.ones(2, 2), "grad_gate": torch.ones(2), "grad_score": torch.ones(2)}
+    given[short] = given[short][:, :-1] if short == "q" else given[short][:-1]
+    with pytest.raises(ValueError, match=" has shape"):
+        triton_gpu.gated_pool_backward(*given.values())
+
+
 def test_random_words_equal_the_reference():
     row, column = torch.tensor([0, 1, 5, 2**31 + 3, 2**32 - 1])[:, None], torch.arange(9)
     for seed in (0, 7, -1, 2**40 + 11):
