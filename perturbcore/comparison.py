@@ -86,7 +86,7 @@ def compare(
         models: names from `perturbcore.models.MODELS`, all by default; the baselines always run beside them.
         knowledge: knowledge graphs; models that take one graph take the first.
         embedding: a vector per gene.
-        split: a name, a JSON file, or a Split; `context` is what it holds out, if it needs one.
+        split: a name, a .json or STATE .toml file, or a Split; `context` is what it holds out, if it needs one.
         perturbation, control, context_column, scale, batch: as in `perturbcore.read`.
         preset: "default" or "paper", for every model.
         seed: of the split and of everything random in models and scores.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,8 @@ def test_a_command_without_arguments_shows_its_help(capsys: pytest.CaptureFixtur
         (["--split", "unseen_context", "--context", "line9"], ["line9", "line1"]),
         (["--knowledge", "nowhere.csv"], ["nowhere.csv"]),
         (["--split", "nowhere.json"], ["nowhere.json"]),
+        (["--split", "nowhere.toml"], ["nowhere.toml"]),
+        (["--split", "few_shot"], ["few_shot", "Did you mean 'few_shot_context'?"]),
     ],
 )
 def test_bad_requests_name_the_fix(
@@ -226,6 +229,47 @@ def test_split_is_previewed_written_and_read_back(
     assert "exists already" in failure(capsys, ["split", "write", str(files.screen), "--out", str(path)])
     assert main(["split", "preview", str(files.screen), "--split", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["hash"] == preview["hash"]
+
+
+def test_split_preview_says_what_the_parts_share(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["split", "preview", str(files.screen), "--split", "unseen_perturbation"]
+    assert main([*asked, "--json"]) == 0
+    preview = json.loads(capsys.readouterr().out)
+    assert sum(row["conditions"] for row in preview["counts"]) == 13
+    assert {"cells", "controls", "perturbations"} < set(preview["counts"][0])
+    shared = {(row["part"], row["other"], row["what"]): row["shared"] for row in preview["leakage"]}
+    assert shared["test", "train", "perturbations"] == shared["val", "train", "conditions"] == 0
+    assert shared["test", "train", "contexts"] == 1
+    assert sum(row["seen_0"] for row in preview["novelty"] if row["part"] == "test") >= 3
+    assert preview["unused"] == []
+    assert main(asked) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"part +other +conditions +perturbations +genes +contexts", said)
+    assert re.search(r"test +train +0 of \d+ +0 of \d+ +\d+ of \d+ +1 of 1", said)
+    assert re.search(r"part +genes +seen_0 +seen_1", said)
+    assert "in no part" not in said
+
+
+def test_a_split_travels_through_a_toml_file_of_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    screen, path = write_files(tmp_path, n_contexts=2).screen, tmp_path / "few.toml"
+    asked = ["--split", "few_shot_context", "--context", "line2"]
+    assert main(["split", "write", str(screen), "--out", str(path), *asked]) == 0
+    assert '[fewshot."screen.line2"]' in path.read_text()
+    capsys.readouterr()
+    for split in (asked, ["--split", str(path)]):
+        assert main(["split", "preview", str(screen), *split]) == 0
+    head, again = (line for line in capsys.readouterr().out.splitlines() if line.startswith("few_shot_context, seed 0"))
+    assert head == again
+    assert ".json or .toml" in failure(capsys, ["split", "write", str(screen), "--out", "split.csv"], code=2)
+
+
+def test_split_preview_names_what_is_in_no_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = write_files(tmp_path, n_contexts=2).screen
+    asked = ["--split", "unseen_perturbation", "--context", "line2"]
+    assert main(["split", "preview", str(screen), *asked]) == 0
+    assert "in no part: line1::" in capsys.readouterr().out
+    out = ["--out", str(tmp_path / "split.toml")]
+    assert "STATE would train on" in failure(capsys, ["split", "write", str(screen), *asked, *out])
 
 
 def test_report_is_drawn_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,3 +161,34 @@ def test_preview_counts_conditions_cells_and_controls(screen: Screen) -> None:
     assert (table["controls"] == 6).all()
     assert table.loc[("test", "line1"), "conditions"] == sum(c.context == "line1" for c in made.test)
     assert "cells" not in made.preview().columns
+
+
+def test_leakage_counts_what_the_parts_share() -> None:
+    made = split("k::A k::B k::A+B h::A", "k::C h::B", "h::A+C h::C+D m::B")
+    shared = made.leakage().set_index(["part", "other", "what"])
+    expected = {
+        ("val", "train"): [(0, 2), (1, 2), (1, 2), (2, 2)],
+        ("test", "train"): [(0, 3), (1, 3), (2, 4), (1, 2)],
+        ("test", "val"): [(0, 3), (1, 3), (2, 4), (1, 2)],
+    }
+    for pair, counts in expected.items():
+        for what, (common, total) in zip(("conditions", "perturbations", "genes", "contexts"), counts, strict=True):
+            assert tuple(shared.loc[(*pair, what), ["shared", "total"]]) == (common, total), (pair, what)
+    assert len(shared) == 12
+
+
+def test_novelty_counts_each_perturbation_once() -> None:
+    made = split("k::A k::B+C", "k::B", "k::D h::D k::A+B k::A+D h::A+D k::D+E k::A+B+D")
+    assert made.novelty().to_dict("records") == [
+        {"part": "val", "genes": 1, "seen_0": 0, "seen_1": 1, "seen_2": 0, "seen_3": 0},
+        {"part": "test", "genes": 1, "seen_0": 1, "seen_1": 0, "seen_2": 0, "seen_3": 0},
+        {"part": "test", "genes": 2, "seen_0": 1, "seen_1": 1, "seen_2": 1, "seen_3": 0},
+        {"part": "test", "genes": 3, "seen_0": 0, "seen_1": 0, "seen_2": 1, "seen_3": 0},
+    ]
+
+
+def test_unused_conditions_are_those_in_no_part(screen: Screen) -> None:
+    assert unseen_perturbation(screen, 0).unused(screen) == ()
+    made = unseen_perturbation(screen, 0, context="line2")
+    assert made.unused(screen)
+    assert sorted(made.unused(screen) + made.train + made.val + made.test) == list(screen.conditions)

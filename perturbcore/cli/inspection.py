@@ -96,26 +96,38 @@ def preview(
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Count perturbations and cells in each part, without writing anything."""
+    """Count what is in each part, and what the parts share, without writing anything."""
     from perturbcore.data import make_split, read
+    from perturbcore.data.errors import listed
 
     screen = read(file, perturbation, control, context_column, None, scale, verbose=False)
     made = make_split(split, screen, context=context, seed=seed)
-    table = made.preview(screen)
+    counts, leakage, novelty, unused = made.preview(screen), made.leakage(), made.novelty(), made.unused(screen)
     if as_json:
-        parts = {part: [str(c) for c in getattr(made, part)] for part in ("train", "val", "test")}
-        counts = json.loads(table.to_json(orient="records"))
-        print(json.dumps({"name": made.name, "seed": made.seed, "hash": made.hash, "counts": counts} | parts))
+        said: dict[str, Any] = {"name": made.name, "seed": made.seed, "hash": made.hash}
+        for name, table in (("counts", counts), ("leakage", leakage), ("novelty", novelty)):
+            said[name] = json.loads(table.to_json(orient="records"))
+        for part, conditions in (("train", made.train), ("val", made.val), ("test", made.test), ("unused", unused)):
+            said[part] = [str(c) for c in conditions]
+        print(json.dumps(said))
         return
-    print(f"{made.name}, seed {made.seed}, hash {made.hash[:16]}")
-    print(table.to_string(index=False))
-    print("test: " + ", ".join(map(str, made.test)))
+    print(f"{made.name}, seed {made.seed}, hash {made.hash[:16]}\n")
+    print(counts.to_string(index=False))
+    if unused:
+        print(f"in no part: {listed([str(c) for c in unused], 8)}")
+    leakage["share"] = [f"{row.shared} of {row.total}" for row in leakage.itertuples()]
+    print("\nWhat a part shares with another (conditions: none, or the split would be refused)")
+    shares = leakage.pivot(index=["part", "other"], columns="what", values="share")[leakage["what"].unique()]
+    print(shares.sort_index(ascending=False).rename_axis(columns=None).reset_index().to_string(index=False))
+    print("\nPerturbations by number of genes, and by how many of them are seen in training")
+    print(novelty.to_string(index=False))
+    print("\ntest: " + ", ".join(map(str, made.test)))
 
 
 @split.command("write")
 def write(
     file: options.Screen,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The .json file to write; must be new.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The .json or STATE .toml file to write; must be new.")],
     split: options.Split = "unseen_perturbation",
     context: options.Context = None,
     perturbation: options.Perturbation = "auto",
@@ -124,14 +136,17 @@ def write(
     scale: options.Scale = "auto",
     seed: options.Seed = 0,
 ) -> None:
-    """Write a split to a .json file, to edit, to share, or to give to --split."""
-    from perturbcore.data import make_split, read
+    """Write a split to a file, to edit, to share, or to give to --split: .json, or .toml as STATE reads it."""
+    from perturbcore.data import make_split, read, write_state_toml
 
     if out.exists():
         raise FileExistsError(f"{out} exists already. Choose another name, or remove it first.")
-    if out.suffix != ".json":
-        raise typer.BadParameter(f"--out {out} must end in .json, so that --split knows it for a file.")
+    if out.suffix not in (".json", ".toml"):
+        raise typer.BadParameter(f"--out {out} must end in .json or .toml, so that --split knows it for a file.")
     screen = read(file, perturbation, control, context_column, None, scale, verbose=False)
     made = make_split(split, screen, context=context, seed=seed)
-    made.to_json(out)
+    if out.suffix == ".toml":
+        write_state_toml(made, out, screen, file)
+    else:
+        made.to_json(out)
     print(f"{out}: {len(made.train)} train, {len(made.val)} val, {len(made.test)} test, hash {made.hash[:16]}")

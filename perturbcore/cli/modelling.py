@@ -118,7 +118,8 @@ def evaluate(
     file: options.Screen,
     predictions: Annotated[list[Path], typer.Argument(metavar="PRED...", help="Predicted cells, one .h5ad per model.")],
     split: Annotated[
-        str | None, typer.Option(metavar="FILE", help="split.json of the fit: scores its test part only.")
+        str | None,
+        typer.Option(metavar="FILE", help="split.json of the fit, or a STATE .toml: scores its test part only."),
     ] = None,
     context: options.Context = None,
     perturbation: options.Perturbation = "auto",

@@ -34,13 +34,18 @@ Batch = Annotated[
 Split = Annotated[
     str,
     typer.Option(
-        metavar="NAME|FILE", help="unseen_perturbation, unseen_context, or a .json file.", rich_help_panel=LEARNING
+        metavar="NAME|FILE",
+        help="unseen_perturbation; gears_simulation; combo_seen0, 1 or 2; unseen_context; few_shot_context; "
+        "or a .json or STATE .toml file.",
+        rich_help_panel=LEARNING,
     ),
 ]
 Context = Annotated[
     str | None,
     typer.Option(
-        metavar="C", help="The cell line to hold out (unseen_context) or to test in.", rich_help_panel=LEARNING
+        metavar="C",
+        help="The cell line to hold out (unseen_context, few_shot_context) or to test in.",
+        rich_help_panel=LEARNING,
     ),
 ]
 Knowledge = Annotated[

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from perturbcore.data.scale import Scale
     from perturbcore.data.screen import Pseudobulk, Screen
     from perturbcore.data.simulator import Simulation, simulate
-    from perturbcore.data.split import Split, make_split, unseen_context, unseen_perturbation
+    from perturbcore.data.split import Split
+    from perturbcore.data.split_rules import (
+        combo_seen,
+        few_shot_context,
+        gears_simulation,
+        make_split,
+        unseen_context,
+        unseen_perturbation,
+    )
+    from perturbcore.data.split_state import read_state_toml, write_state_toml
 
 __all__ = [
     "Condition",
@@ -33,18 +42,23 @@ __all__ = [
     "Split",
     "check_knowledge",
     "check_shared_names",
+    "combo_seen",
+    "few_shot_context",
+    "gears_simulation",
     "highly_variable_genes",
     "identifier_kind",
     "make_split",
     "predictions",
     "prepare",
     "read",
+    "read_state_toml",
     "shift_cells",
     "simulate",
     "training_rows",
     "unseen_context",
     "unseen_perturbation",
     "with_controls",
+    "write_state_toml",
 ]
 
 _HOME = {
@@ -61,18 +75,23 @@ _HOME = {
     "Split": "split",
     "check_knowledge": "identifiers",
     "check_shared_names": "identifiers",
+    "combo_seen": "split_rules",
+    "few_shot_context": "split_rules",
+    "gears_simulation": "split_rules",
     "highly_variable_genes": "genes",
     "identifier_kind": "identifiers",
-    "make_split": "split",
+    "make_split": "split_rules",
     "predictions": "prediction",
     "prepare": "genes",
     "read": "reader",
+    "read_state_toml": "split_state",
     "shift_cells": "prediction",
     "simulate": "simulator",
     "training_rows": "genes",
-    "unseen_context": "split",
-    "unseen_perturbation": "split",
+    "unseen_context": "split_rules",
+    "unseen_perturbation": "split_rules",
     "with_controls": "prediction",
+    "write_state_toml": "split_state",
 }
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from perturbcore.data.errors import DataError, listed, suggest
@@ -18,15 +18,18 @@ from perturbcore.data.perturbation import CONTEXT_SEPARATOR, Condition, Perturba
 from perturbcore.data.screen import Screen
 
 PARTS = ("train", "val", "test")
-_Item = TypeVar("_Item", str, Condition)
+COMBO_SEEN = {f"combo_seen{seen}": seen for seen in (0, 1, 2)}
+_NEW_PERTURBATIONS = ("unseen_perturbation", "gears_simulation", *COMBO_SEEN)
 
 
 @dataclass(frozen=True)
 class Split:
     """Three disjoint sets of measured conditions (controls belong to no part), sorted, checked for leakage when made.
 
-    Under the name ``unseen_perturbation`` no perturbation of ``val`` or ``test`` appears in another part in any
-    context; under ``unseen_context`` no context of ``test`` does. Raises DataError otherwise, or if a part is empty.
+    Under the names ``unseen_perturbation``, ``gears_simulation`` and ``combo_seen0|1|2`` no perturbation of ``val`` or
+    ``test`` appears in another part in any context, and the last three test doubles with that many genes seen in
+    training; under ``unseen_context`` no context of ``test`` appears in another part. Raises DataError otherwise, or if
+    a part is empty.
     """
 
     name: str
@@ -50,13 +53,15 @@ class Split:
         self._refuse_shared("train", "val", "condition", str)
         self._refuse_shared("train", "test", "condition", str)
         self._refuse_shared("val", "test", "condition", str)
-        if self.name == "unseen_perturbation":
+        if self.name in _NEW_PERTURBATIONS:
             self._refuse_shared("train", "val", "perturbation", lambda c: str(c.perturbation))
             self._refuse_shared("train", "test", "perturbation", lambda c: str(c.perturbation))
             self._refuse_shared("val", "test", "perturbation", lambda c: str(c.perturbation))
         if self.name == "unseen_context":
             self._refuse_shared("train", "test", "context", lambda c: c.context)
             self._refuse_shared("val", "test", "context", lambda c: c.context)
+        if self.name in COMBO_SEEN:
+            self._refuse_other_than_doubles(COMBO_SEEN[self.name])
 
     def _refuse_shared(self, first: str, second: str, what: str, of: Callable[[Condition], str]) -> None:
         shared = sorted({of(c) for c in getattr(self, first)} & {of(c) for c in getattr(self, second)})
@@ -64,6 +69,14 @@ class Split:
             raise DataError(
                 f"Split {self.name!r} leaks: {len(shared)} {what}s of {second} are in {first} too ({listed(shared)}). "
                 "Keep each in one part."
+            )
+
+    def _refuse_other_than_doubles(self, seen: int) -> None:
+        other = [str(c) for c in self.test if not c.perturbation.is_double or self.seen(c) != seen]
+        if other:
+            raise DataError(
+                f"Split {self.name!r} tests doubles with {seen} genes seen in training, which {listed(other)} is not. "
+                "Give the split another name, or correct its parts."
             )
 
     @cached_property
@@ -104,6 +117,48 @@ class Split:
                 rows.append(counts)
         return pd.DataFrame(rows)
 
+    def leakage(self) -> pd.DataFrame:
+        """Count what the parts that choose and judge share with those before them.
+
+        One row per ``part``, ``other`` part and ``what`` (conditions, perturbations, perturbed genes, contexts):
+        ``shared`` of the ``total`` distinct ones of ``part`` are in ``other`` too. Conditions never are; the rest says
+        how new the part is.
+        """
+        aspects: dict[str, Callable[[Condition], Collection[Hashable]]] = {
+            "conditions": lambda c: (c,),
+            "perturbations": lambda c: (c.perturbation,),
+            "genes": lambda c: c.perturbation.genes,
+            "contexts": lambda c: (c.context,),
+        }
+        rows = []
+        for part, other in (("val", "train"), ("test", "train"), ("test", "val")):
+            for what, of in aspects.items():
+                own, others = ({item for c in getattr(self, name) for item in of(c)} for name in (part, other))
+                rows.append(
+                    {"part": part, "other": other, "what": what, "shared": len(own & others), "total": len(own)}
+                )
+        return pd.DataFrame(rows)
+
+    def novelty(self) -> pd.DataFrame:
+        """Count the distinct perturbations that choose and judge by how many of their genes are seen in training.
+
+        One row per part and number of perturbed genes; columns ``seen_0``, ``seen_1`` and so on.
+        """
+        judged = [(part, c) for part in ("val", "test") for c in getattr(self, part)]
+        kinds = {(part, c.perturbation): (part, len(c.perturbation.genes), self.seen(c)) for part, c in judged}
+        counts = Counter(kinds.values())
+        most = max(genes for _, genes, _ in counts)
+        sizes = sorted({(part, genes) for part, genes, _ in counts}, key=lambda row: (PARTS.index(row[0]), row[1]))
+        return pd.DataFrame(
+            {"part": part, "genes": genes} | {f"seen_{n}": counts[part, genes, n] for n in range(most + 1)}
+            for part, genes in sizes
+        )
+
+    def unused(self, screen: Screen) -> tuple[Condition, ...]:
+        """Return the measured conditions that are in no part, sorted."""
+        used = {*self.train, *self.val, *self.test}
+        return tuple(c for c in screen.conditions if c not in used)
+
     def to_json(self, path: str | Path) -> None:
         """Write name, seed and the three lists of ``"context::A+B"``."""
         content = {"name": self.name, "seed": self.seed} | {
@@ -125,20 +180,24 @@ class Split:
             raise DataError(
                 f'Split {str(path)!r} must hold {{"train": [...], "val": [...], "test": [...]}} of conditions.'
             )
-        seed = content.get("seed", 0)
-        if not isinstance(seed, int):
-            raise DataError(f"The seed of split {str(path)!r} is {seed!r}, not a whole number.")
-        return cls(
-            name=str(content.get("name", Path(path).stem)),
-            seed=seed,
-            train=_measured(content["train"], screen),
-            val=_measured(content["val"], screen),
-            test=_measured(content["test"], screen),
-        )
+        name, seed = name_and_seed(content, path)
+        train, val, test = (measured(content[part], screen, path) for part in PARTS)
+        return cls(name, seed, train, val, test)
 
 
-def _measured(texts: Iterable[object], screen: Screen) -> tuple[Condition, ...]:
-    """Return the measured conditions that each ``"A+B"`` (in every context) or ``"context::A+B"`` names."""
+def name_and_seed(content: Mapping[str, Any], path: str | Path) -> tuple[str, int]:
+    """Return what a split file says of its name and seed, else the file's name and 0."""
+    seed = content.get("seed", 0)
+    if not isinstance(seed, int):
+        raise DataError(f"The seed of split {str(path)!r} is {seed!r}, not a whole number.")
+    return str(content.get("name", Path(path).stem)), seed
+
+
+def measured(texts: Iterable[object], screen: Screen, path: str | Path) -> tuple[Condition, ...]:
+    """Return the conditions that each ``"A+B"`` (in every context) or ``"context::A+B"`` of a split file names.
+
+    Raises DataError for one that the screen did not measure.
+    """
     known = {gene for perturbation in screen.perturbations for gene in perturbation.genes}
     conditions_of: dict[Perturbation, list[Condition]] = {}
     for condition in screen.conditions:
@@ -152,90 +211,8 @@ def _measured(texts: Iterable[object], screen: Screen) -> tuple[Condition, ...]:
         found = [c for c in conditions_of.get(perturbation, ()) if not separator or c.context == context]
         if not found:
             choices = map(str, screen.conditions if separator else screen.perturbations)
-            raise DataError(f"The split names {text!r}, which this screen did not measure.{suggest(text, choices)}")
+            raise DataError(
+                f"Split {str(path)!r} names {text!r}, which this screen did not measure.{suggest(text, choices)}"
+            )
         named += found
     return tuple(named)
-
-
-def unseen_perturbation(
-    screen: Screen, seed: int = 0, test: float = 0.25, val: float = 0.1, context: str | None = None
-) -> Split:
-    """Hold out perturbed genes, in every context, as GEARS' ``simulation`` split does (Roohani et al. 2024).
-
-    A share ``test`` of the perturbed genes is drawn; every perturbation that holds one of them is tested, so a tested
-    double has 0 or 1 of its genes seen in training. ``val`` is drawn likewise from what is left (at least one gene).
-    With ``context`` the genes are drawn from those perturbed there and only that context is tested; its test
-    perturbations still train in no other.
-    """
-    if context is not None and context not in screen.contexts:
-        raise DataError(f"Context {context!r} is not in this screen.{suggest(context, screen.contexts)}")
-    judged = [c for c in screen.conditions if context in (None, c.context)]
-    rng = np.random.default_rng(seed)
-    test_genes = _draw({gene for c in judged for gene in c.perturbation.genes}, test, rng)
-    rest = [c.perturbation for c in judged if test_genes.isdisjoint(c.perturbation.genes)]
-    val_genes = _draw({gene for perturbation in rest for gene in perturbation.genes}, val, rng)
-
-    def part(condition: Condition) -> str:
-        if not test_genes.isdisjoint(condition.perturbation.genes):
-            return "test"
-        return "train" if val_genes.isdisjoint(condition.perturbation.genes) else "val"
-
-    return Split(
-        name="unseen_perturbation",
-        seed=seed,
-        train=tuple(c for c in screen.conditions if part(c) == "train"),
-        val=tuple(c for c in judged if part(c) == "val"),
-        test=tuple(c for c in judged if part(c) == "test"),
-    )
-
-
-def unseen_context(screen: Screen, context: str, seed: int = 0, val: float = 0.1) -> Split:
-    """Test every condition of one context; train on the others, less a share ``val`` of conditions (at least one).
-
-    No cell of the tested context is trained on: its controls are only what a prediction starts from.
-    """
-    if context not in screen.contexts:
-        raise DataError(
-            f"Context {context!r} is not in this screen, which has {listed(screen.contexts)}."
-            + suggest(context, screen.contexts)
-        )
-    if len(screen.contexts) == 1:
-        raise DataError("This screen has one context, so none can be held out. Use the split unseen_perturbation.")
-    rest = {c for c in screen.conditions if c.context != context}
-    validated = _draw(rest, val, np.random.default_rng(seed))
-    return Split(
-        name="unseen_context",
-        seed=seed,
-        train=tuple(rest - validated),
-        val=tuple(validated),
-        test=tuple(c for c in screen.conditions if c.context == context),
-    )
-
-
-def make_split(name_or_path: str | Path, screen: Screen, *, context: str | None = None, seed: int = 0) -> Split:
-    """Make a split by name (``unseen_perturbation``, ``unseen_context``) or read it from a ``.json`` file.
-
-    ``context`` is the context to hold out, or, for ``unseen_perturbation``, the only one to test in.
-    """
-    name = str(name_or_path)
-    if name == "unseen_perturbation":
-        return unseen_perturbation(screen, seed, context=context)
-    if name == "unseen_context":
-        if context is None:
-            raise DataError(
-                f"Split 'unseen_context' needs the context to hold out: one of {listed(screen.contexts, 20)}."
-            )
-        return unseen_context(screen, context, seed)
-    if name.endswith(".json"):
-        return Split.read(name, screen)
-    near = suggest(name, ("unseen_perturbation", "unseen_context"))
-    raise DataError(f"Split {name!r} is unknown: say unseen_perturbation, unseen_context or name a .json file.{near}")
-
-
-def _draw(items: Collection[_Item], share: float, rng: np.random.Generator) -> set[_Item]:
-    """Draw a share of the items without replacement: at least one, and never more than there are."""
-    if not 0 < share < 1:
-        raise DataError(f"A share to hold out lies between 0 and 1, not at {share}.")
-    ordered = sorted(items)
-    count = min(len(ordered), max(1, round(share * len(ordered))))
-    return {ordered[i] for i in rng.permutation(len(ordered))[:count]}
