@@ -48,6 +48,24 @@ def spmm(graph: Graph, x: Tensor, weight: Tensor | None = None, reduce: Literal[
     return y if batched else y[0]
 
 
+def sddmm(graph: Graph, a: Tensor, b: Tensor) -> Tensor:
+    """Multiply the features at the two ends of every edge e: j → i, y[b, e] = ⟨a[b, i], b[b, j]⟩.
+
+    ``a`` (destinations) and ``b`` (sources) [N, D] or [B, N, D]; returns [B, E] if either has a batch, else [E], in the
+    order of ``graph.col``. float32 or float64; differentiable in ``a`` and ``b``. Keeps nothing beside its inputs.
+    """
+    a = _values("a", a, graph.device, None)
+    if a.dim() not in (2, 3) or a.shape[-2] != graph.num_nodes:
+        raise _refuse("a", a, f"[{graph.num_nodes}, D] or [B, {graph.num_nodes}, D]")
+    b = _values("b", b, a.device, a.dtype)
+    if b.dim() not in (2, 3) or b.shape[-2:] != a.shape[-2:]:
+        raise _refuse("b", b, f"{list(a.shape[-2:])} or {['B', *a.shape[-2:]]}".replace("'", ""))
+    if a.dim() == b.dim() == 3 and a.shape[0] != b.shape[0]:
+        raise _refuse("b", b, f"{list(a.shape)}, the batch of a")
+    y = _ops.sddmm.default(*_csr(graph), a if a.dim() == 3 else a[None], b if b.dim() == 3 else b[None])
+    return cast(Tensor, y) if a.dim() == 3 or b.dim() == 3 else cast(Tensor, y)[0]
+
+
 @overload
 def gatv2(
     graph: Graph, u: Tensor, v: Tensor, att: Tensor, negative_slope: float = ..., return_attention: Literal[False] = ...
@@ -208,6 +226,16 @@ def _(rowptr, col, t_rowptr, t_col, t_perm, weight, x, grad, need_x, need_weight
     return x.new_empty(x.shape if need_x else 0), grad_weight
 
 
+@register_fake("perturbcore::sddmm", lib=library)
+def _(rowptr, col, t_rowptr, t_col, t_perm, a, b):  # type: ignore[no-untyped-def]
+    return a.new_empty(torch.broadcast_shapes(a.shape[:1], b.shape[:1])[0], col.shape[0])
+
+
+@register_fake("perturbcore::sddmm_backward", lib=library)
+def _(rowptr, col, t_rowptr, t_col, t_perm, a, b, grad, need_a, need_b):  # type: ignore[no-untyped-def]
+    return a.new_empty(a.shape if need_a else 0), b.new_empty(b.shape if need_b else 0)
+
+
 @register_fake("perturbcore::gatv2", lib=library)
 def _(rowptr, col, t_rowptr, t_col, t_perm, u, v, att, negative_slope):  # type: ignore[no-untyped-def]
     return u.new_empty(u.shape), u.new_empty(u.shape[:2])
@@ -234,7 +262,7 @@ def _(a, q, w, h, *others):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (a, q, w, h))
 
 
-def _spmm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -242,6 +270,12 @@ def _spmm_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_weight, need_x = ctx.needs_input_grad[5:]
     grad_x, grad_weight = _ops.spmm_backward.default(*ctx.saved_tensors, grad, need_x, need_weight)
     return (None,) * 5 + (grad_weight if need_weight else None, grad_x if need_x else None)
+
+
+def _sddmm_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_a, need_b = ctx.needs_input_grad[5:]
+    grad_a, grad_b = _ops.sddmm_backward.default(*ctx.saved_tensors, grad, need_a, need_b)
+    return (None,) * 5 + (grad_a if need_a else None, grad_b if need_b else None)
 
 
 def _gatv2_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -273,8 +307,9 @@ def _no_second_order(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("The graph ops are differentiable once; a gradient of their gradient is not implemented.")
 
 
-register_autograd("perturbcore::spmm", _spmm_grad, setup_context=_spmm_setup, lib=library)
+register_autograd("perturbcore::spmm", _spmm_grad, setup_context=_save_inputs, lib=library)
+register_autograd("perturbcore::sddmm", _sddmm_grad, setup_context=_save_inputs, lib=library)
 register_autograd("perturbcore::gatv2", _gatv2_grad, setup_context=_gatv2_setup, lib=library)
 register_autograd("perturbcore::gated_pool", _gated_pool_grad, setup_context=_gated_pool_setup, lib=library)
-for _op in ("spmm_backward", "gatv2_backward", "gated_pool_backward"):
+for _op in ("spmm_backward", "sddmm_backward", "gatv2_backward", "gated_pool_backward"):
     register_autograd(f"perturbcore::{_op}", _no_second_order, lib=library)

@@ -15,6 +15,10 @@ SCHEMAS = {
         f"({CSR}, Tensor? weight, Tensor x, Tensor grad, bool need_x, bool need_weight)"
         " -> (Tensor grad_x, Tensor grad_weight)"
     ),
+    "sddmm": f"({CSR}, Tensor a, Tensor b) -> Tensor",
+    "sddmm_backward": (
+        f"({CSR}, Tensor a, Tensor b, Tensor grad, bool need_a, bool need_b) -> (Tensor grad_a, Tensor grad_b)"
+    ),
     "gatv2": f"({CSR}, Tensor u, Tensor v, Tensor att, float negative_slope) -> (Tensor y, Tensor lse)",
     "gatv2_attention": (
         "(Tensor rowptr, Tensor col, Tensor u, Tensor v, Tensor att, Tensor lse, float negative_slope) -> Tensor"

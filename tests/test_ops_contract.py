@@ -47,6 +47,11 @@ def cases(dtype=torch.float64):
             (normal(2, 5, 3, dtype=dtype), normal(7, dtype=dtype)),
         ),
         "spmm, mean": (lambda x: ops.spmm(GRAPH, x, reduce="mean"), (normal(5, 3, dtype=dtype),)),
+        "sddmm": (lambda a, b: ops.sddmm(GRAPH, a, b), (normal(2, 5, 3, dtype=dtype), normal(5, 3, dtype=dtype))),
+        "sddmm, batched": (
+            lambda a, b: ops.sddmm(GRAPH, a, b),
+            (normal(2, 5, 3, dtype=dtype), normal(2, 5, 3, dtype=dtype, seed=1)),
+        ),
         "gatv2": (lambda u, v, att: ops.gatv2(GRAPH, u, v, att), nodes),
         "gated_pool": (pool(None), scores),
         "gated_pool, candidates": (pool(CANDIDATES), scores),
@@ -84,6 +89,8 @@ def test_straight_through_gradient_is_that_of_the_soft_gate(backend, hard):
 OPCHECKS = {
     "spmm": (*CSR, normal(2, 7), normal(1, 5, 3)),
     "spmm_backward": (*CSR, normal(2, 7), normal(1, 5, 3), normal(2, 5, 3), True, True),
+    "sddmm": (*CSR, normal(2, 5, 3), normal(1, 5, 3)),
+    "sddmm_backward": (*CSR, normal(2, 5, 3), normal(1, 5, 3), normal(2, 7), True, True),
     "gatv2": (*CSR, normal(5, 2, 3), normal(5, 2, 3, seed=1), normal(2, 3), 0.2),
     "gatv2_attention": (*CSR[:2], normal(5, 2, 3), normal(5, 2, 3, seed=1), normal(2, 3), normal(5, 2), 0.2),
     "gatv2_backward": (
@@ -155,6 +162,10 @@ def test_same_bits_on_one_and_two_threads(poisoned, name):
             ]
         )
         run = lambda: [ops.spmm(graph, *inputs, reduce="mean" if "mean" in name else "sum")]  # noqa: E731
+    elif name.startswith("sddmm"):
+        shared = [] if name == "sddmm" else [3]
+        inputs = requiring_grad([normal(3, 900, 33, dtype=f32), normal(*shared, 900, 33, dtype=f32, seed=1)])
+        run = lambda: [ops.sddmm(graph, *inputs)]  # noqa: E731
     elif name == "gatv2":
         inputs = requiring_grad(
             [normal(900, 2, 33, dtype=f32), normal(900, 2, 33, dtype=f32, seed=1), normal(2, 33, dtype=f32)]
@@ -244,7 +255,7 @@ def test_second_order_gradients_are_refused(name):
         torch.autograd.grad(gradient.square().sum(), inputs[:1])
 
 
-@pytest.mark.parametrize("name", ["spmm", "gatv2", "gated_pool", "gated_pool, candidates"])
+@pytest.mark.parametrize("name", ["spmm", "sddmm", "gatv2", "gated_pool", "gated_pool, candidates"])
 def test_nan_and_infinity_are_not_lost(backend, name):
     op, inputs = cases(torch.float32)[name]
     for position in range(len(inputs)):
@@ -263,17 +274,16 @@ def test_nan_and_infinity_are_not_lost(backend, name):
                 assert slope.isfinite().all() or not gradient.isfinite().all()
 
 
-def test_gradients_only_where_asked(backend):
-    x, weight = normal(2, 5, 3), normal(7)
-    for asked in ([True, False], [False, True]):
-        inputs = [t.clone().requires_grad_(a) for t, a in zip((x, weight), asked, strict=True)]
-        full = requiring_grad((x, weight))
-        ops.spmm(GRAPH, *inputs).sum().backward()
-        ops.spmm(GRAPH, *full).sum().backward()
-        for t, other, a in zip(inputs, full, asked, strict=True):
-            assert (t.grad is not None) == a
-            if a:
-                assert_close(t.grad, other.grad)
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("spmm", "sddmm"))])
+def test_gradients_only_where_asked(backend, name):
+    op, inputs = cases()[name]
+    full = requiring_grad(inputs)
+    op(*full).sum().backward()
+    for asked in range(len(inputs)):
+        some = [t.clone().requires_grad_(position == asked) for position, t in enumerate(inputs)]
+        op(*some).sum().backward()
+        assert [t.grad is not None for t in some] == [position == asked for position in range(len(inputs))]
+        assert_close(some[asked].grad, full[asked].grad)
 
 
 # ---- refusals
@@ -284,6 +294,7 @@ def lists(ptr, idx):
 
 
 SPMM = {"x": normal(5, 3)}
+SDDMM = {"a": normal(5, 3), "b": normal(2, 5, 3)}
 GATV2 = {"u": normal(5, 2, 3), "v": normal(5, 2, 3), "att": normal(2, 3)}
 POOL = {"a": normal(5, 3), "q": normal(2, 3), "w": normal(3), "h": normal(5, 2)}
 REFUSALS = [
@@ -295,6 +306,10 @@ REFUSALS = [
     (ops.spmm, {"x": normal(2, 5, 3)}, {"weight": normal(3, 7)}, r"weight has shape \[3, 7\]; expected \[2, 7\]"),
     (ops.spmm, SPMM, {"reduce": "max"}, r"reduce is 'max'; expected one of 'sum', 'mean'"),
     (ops.spmm, SPMM, {"x": normal(5, 3).to("meta")}, r"x is on meta; expected cpu"),
+    (ops.sddmm, SDDMM, {"a": normal(4, 3)}, r"a has shape \[4, 3\]; expected \[5, D\] or \[B, 5, D\]"),
+    (ops.sddmm, SDDMM, {"b": normal(5, 4)}, r"b has shape \[5, 4\]; expected \[5, 3\] or \[B, 5, 3\]"),
+    (ops.sddmm, SDDMM, {"a": normal(3, 5, 3)}, r"b has shape \[2, 5, 3\]; expected \[3, 5, 3\], the batch of a"),
+    (ops.sddmm, SDDMM, {"b": normal(5, 3).float()}, r"b has dtype torch.float32; expected torch.float64"),
     (ops.gatv2, GATV2, {"u": normal(5, 6)}, r"u has shape \[5, 6\]; expected \[5, H, C\]"),
     (ops.gatv2, GATV2, {"v": normal(5, 2, 4)}, r"v has shape \[5, 2, 4\]; expected \[5, 2, 3\]"),
     (ops.gatv2, GATV2, {"att": normal(6)}, r"att has shape \[6\]; expected \[2, 3\]"),
@@ -341,7 +356,7 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("corruption", CORRUPT)
-@pytest.mark.parametrize("op", ["spmm_backward", "gatv2_backward"])
+@pytest.mark.parametrize("op", ["spmm_backward", "sddmm_backward", "gatv2_backward"])
 def test_a_corrupt_graph_is_refused_however_it_gets_in(corruption, op):
     position, value = CORRUPT[corruption]
     if position < 2 and op == "gatv2_backward":
@@ -356,7 +371,7 @@ def test_a_corrupt_graph_is_refused_however_it_gets_in(corruption, op):
             forward = op.removesuffix("_backward")
             with pytest.raises(ValueError, match=r"rowptr|col"):
                 getattr(raw, forward)(*arguments[:5], *OPCHECKS[forward][5:])
-        if position >= 2 or op == "gatv2_backward":
+        if position >= 2 or op != "spmm_backward":
             with pytest.raises(ValueError, match=r"rowptr|col|t_perm"):
                 getattr(raw, op)(*arguments)
 

@@ -65,6 +65,23 @@ def spmm_batch(
     return batch
 
 
+def sddmm_batch(
+    ptr: Tensor, index: Tensor, a: Tensor, b: Tensor, perm: Tensor | None = None, grad: Tensor | None = None
+) -> int:
+    """Refuse operands of ``sddmm``, or of its backward pass, that do not fit the graph; return the batch size."""
+    edges, (nodes, features) = index.shape[0], a.shape[1:]
+    batch = a.shape[0] if b.shape[0] == 1 else b.shape[0]
+    check_shape("rowptr", ptr, (nodes + 1,))
+    check_shape("col", index, (edges,))
+    check_shape("a", a, (a.shape[0] if a.shape[0] == 1 else batch, nodes, features))
+    check_shape("b", b, (b.shape[0], nodes, features))
+    if perm is not None:
+        check_shape("t_perm", perm, (edges,))
+    if grad is not None:
+        check_shape("grad", grad, (batch, edges))
+    return batch
+
+
 def rows(ptr: Tensor) -> Tensor:
     """Return the row of every entry of a CSR structure, int64 [E]."""
     return torch.repeat_interleave(torch.arange(ptr.numel() - 1, device=ptr.device), ptr.diff())
@@ -108,6 +125,37 @@ def spmm_backward(
         grad_weight = (received * x.index_select(1, col)).sum(-1)
         grad_weight = grad_weight if weight.shape[0] == grad.shape[0] else grad_weight.sum(0, keepdim=True)
     return grad_x, grad_weight
+
+
+def sddmm(rowptr: Tensor, col: Tensor, t_rowptr: Tensor, t_col: Tensor, t_perm: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return ⟨a[b, i], b[b, j]⟩ on every edge j → i, [B, E]; ``a``, ``b`` [B or 1, N, D]."""
+    check_csr(rowptr, col, a.shape[1], ("rowptr", "col"))
+    return (a.index_select(1, rows(rowptr)) * b.index_select(1, col)).sum(-1)
+
+
+def sddmm_backward(
+    rowptr: Tensor,
+    col: Tensor,
+    t_rowptr: Tensor,
+    t_col: Tensor,
+    t_perm: Tensor,
+    a: Tensor,
+    b: Tensor,
+    grad: Tensor,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``a`` and ``b`` given ``grad`` [B, E]; empty where not needed."""
+    check_csr(rowptr, col, a.shape[1], ("rowptr", "col"))
+    dst = rows(rowptr)
+
+    def collect(own: Tensor, at: Tensor, other: Tensor, of: Tensor) -> Tensor:
+        message = other.index_select(1, of) * grad[..., None]  # [B, E, D]
+        total = message.new_zeros(grad.shape[0], *own.shape[1:]).index_add(1, at, message)
+        return total if own.shape[0] == grad.shape[0] else total.sum(0, keepdim=True)
+
+    grad_a = collect(a, dst, b, col) if need_a else a.new_empty(0)
+    return grad_a, collect(b, col, a, dst) if need_b else b.new_empty(0)
 
 
 def gatv2(
