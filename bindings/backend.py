@@ -14,7 +14,7 @@ from torch.library import Library
 
 PRODUCTS = ("spmm", "spmm_backward", "sddmm", "sddmm_backward")
 ATTENTION = ("gatv2", "gatv2_attention", "gatv2_backward")
-GRAPH = (*PRODUCTS, *ATTENTION, "gated_pool", "gated_pool_backward")
+GRAPH = (*PRODUCTS, *ATTENTION, "gated_pool", "gated_pool_backward", "masked_spmm", "masked_spmm_backward")
 FAMILY = dict.fromkeys(GRAPH, "graph")
 
 # the module of each backend, the ops that it serves, and the devices that it serves them on

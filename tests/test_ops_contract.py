@@ -17,6 +17,7 @@ raw = torch.ops.perturbcore
 GRAPH = ops.Graph.from_edges([0, 2, 1, 2, 2, 4, 0], [1, 0, 1, 2, 0, 1, 1], 5)
 CANDIDATES = (torch.tensor([0, 3, 3, 5]), torch.tensor([4, 0, 4, 1, 2]))
 CSR = (GRAPH.rowptr, GRAPH.col, GRAPH.t_rowptr, GRAPH.t_col, GRAPH.t_perm)
+LISTS = (CANDIDATES[0], torch.tensor([4, 0, 3, 1, 2]))  # as CANDIDATES, without a repeat
 GATE = (0.7, False, 3, 0.5, True, "sqrt", 0.2)
 
 
@@ -51,6 +52,18 @@ def cases(dtype=torch.float64):
         "sddmm, batched": (
             lambda a, b: ops.sddmm(GRAPH, a, b),
             (normal(2, 5, 3, dtype=dtype), normal(2, 5, 3, dtype=dtype, seed=1)),
+        ),
+        "masked_spmm": (
+            lambda x, m, w: ops.masked_spmm(GRAPH, x, m, w),
+            (normal(2, 5, 3, dtype=dtype), normal(2, 5, dtype=dtype), normal(7, dtype=dtype)),
+        ),
+        "masked_spmm, x shared": (
+            lambda x, m, w: ops.masked_spmm(GRAPH, x, m, w),
+            (normal(5, 3, dtype=dtype), normal(2, 5, dtype=dtype), normal(7, dtype=dtype)),
+        ),
+        "masked_spmm, candidates": (
+            lambda x, m, w: ops.masked_spmm(GRAPH, x, m, w, candidates=LISTS),
+            (normal(5, 3, dtype=dtype), normal(5, dtype=dtype), normal(7, dtype=dtype)),
         ),
         "gatv2": (lambda u, v, att: ops.gatv2(GRAPH, u, v, att), nodes),
         "gated_pool": (pool(None), scores),
@@ -91,6 +104,10 @@ OPCHECKS = {
     "spmm_backward": (*CSR, normal(2, 7), normal(1, 5, 3), normal(2, 5, 3), True, True),
     "sddmm": (*CSR, normal(2, 5, 3), normal(1, 5, 3)),
     "sddmm_backward": (*CSR, normal(2, 5, 3), normal(1, 5, 3), normal(2, 7), True, True),
+    "masked_spmm": (*CSR, normal(7), normal(5, 3), normal(5), *LISTS),
+    "masked_spmm_backward": (
+        *CSR, normal(7), normal(5, 3), normal(2, 5), None, None, normal(2, 5, 3), True, True, True,
+    ),
     "gatv2": (*CSR, normal(5, 2, 3), normal(5, 2, 3, seed=1), normal(2, 3), 0.2),
     "gatv2_attention": (*CSR[:2], normal(5, 2, 3), normal(5, 2, 3, seed=1), normal(2, 3), normal(5, 2), 0.2),
     "gatv2_backward": (
@@ -166,6 +183,13 @@ def test_same_bits_on_one_and_two_threads(poisoned, name):
         shared = [] if name == "sddmm" else [3]
         inputs = requiring_grad([normal(3, 900, 33, dtype=f32), normal(*shared, 900, 33, dtype=f32, seed=1)])
         run = lambda: [ops.sddmm(graph, *inputs)]  # noqa: E731
+    elif name.startswith("masked_spmm"):
+        lists = (torch.arange(4) * 600, torch.cat([torch.arange(q, 900)[:600] for q in (0, 200, 300)]))
+        rows = (1800,) if "candidates" in name else (900,) if "shared" in name else (3, 900)
+        mask = normal(*((1800,) if "candidates" in name else (3, 900)), dtype=f32).relu()
+        inputs = requiring_grad([normal(*rows, 33, dtype=f32), mask, normal(8000, dtype=f32)])
+        listed = lists if "candidates" in name else None
+        run = lambda: [ops.masked_spmm(graph, *inputs, candidates=listed)]  # noqa: E731
     elif name == "gatv2":
         inputs = requiring_grad(
             [normal(900, 2, 33, dtype=f32), normal(900, 2, 33, dtype=f32, seed=1), normal(2, 33, dtype=f32)]
@@ -255,7 +279,7 @@ def test_second_order_gradients_are_refused(name):
         torch.autograd.grad(gradient.square().sum(), inputs[:1])
 
 
-@pytest.mark.parametrize("name", ["spmm", "sddmm", "gatv2", "gated_pool", "gated_pool, candidates"])
+@pytest.mark.parametrize("name", ["spmm", "sddmm", "masked_spmm", "gatv2", "gated_pool", "gated_pool, candidates"])
 def test_nan_and_infinity_are_not_lost(backend, name):
     op, inputs = cases(torch.float32)[name]
     for position in range(len(inputs)):
@@ -274,7 +298,7 @@ def test_nan_and_infinity_are_not_lost(backend, name):
                 assert slope.isfinite().all() or not gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("spmm", "sddmm"))])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("gatv2", "gated_pool"))])
 def test_gradients_only_where_asked(backend, name):
     op, inputs = cases()[name]
     full = requiring_grad(inputs)
@@ -295,6 +319,8 @@ def lists(ptr, idx):
 
 SPMM = {"x": normal(5, 3)}
 SDDMM = {"a": normal(5, 3), "b": normal(2, 5, 3)}
+MASKED = {"x": normal(5, 3), "mask": normal(2, 5)}
+LISTED = {"x": normal(5, 3), "mask": normal(5), "candidates": LISTS}
 GATV2 = {"u": normal(5, 2, 3), "v": normal(5, 2, 3), "att": normal(2, 3)}
 POOL = {"a": normal(5, 3), "q": normal(2, 3), "w": normal(3), "h": normal(5, 2)}
 REFUSALS = [
@@ -310,6 +336,16 @@ REFUSALS = [
     (ops.sddmm, SDDMM, {"b": normal(5, 4)}, r"b has shape \[5, 4\]; expected \[5, 3\] or \[B, 5, 3\]"),
     (ops.sddmm, SDDMM, {"a": normal(3, 5, 3)}, r"b has shape \[2, 5, 3\]; expected \[3, 5, 3\], the batch of a"),
     (ops.sddmm, SDDMM, {"b": normal(5, 3).float()}, r"b has dtype torch.float32; expected torch.float64"),
+    (ops.masked_spmm, MASKED, {"x": normal(4, 3)}, r"x has shape \[4, 3\]; expected \[5, D\] or \[B, 5, D\]"),
+    (ops.masked_spmm, MASKED, {"x": normal(3, 5, 3)}, r"x has shape \[3, 5, 3\]; .* \[2, 5, D\], the batch of mask"),
+    (ops.masked_spmm, MASKED, {"mask": normal(5)}, r"mask has shape \[5\]; expected \[B, 5\]"),
+    (ops.masked_spmm, MASKED, {"mask": normal(2, 5).long()}, r"mask has dtype torch.int64; expected torch.float64"),
+    (ops.masked_spmm, MASKED, {"weight": normal(2, 7)}, r"weight has shape \[2, 7\]; expected \[7\]"),
+    (ops.masked_spmm, LISTED, {"mask": normal(4)}, r"mask has shape \[4\]; expected \[5\], one per candidate"),
+    (ops.masked_spmm, LISTED, {"x": normal(4, 3)}, r"x has shape \[4, 3\]; expected \[5, D\], a row per candidate"),
+    (ops.masked_spmm, LISTED, {"candidates": lists([0, 5], [0, 1, 2, 3, 5])}, r"candidates\[1\] holds the index 5"),
+    (ops.masked_spmm, LISTED, {"candidates": lists([0, 9], [0, 1, 2, 3, 4])}, r"candidates\[0\] does not rise"),
+    (ops.masked_spmm, LISTED, {"candidates": lists([0, 5], [0, 1, 2, 3, 0])}, r"candidates\[1\] lists node 0 twice"),
     (ops.gatv2, GATV2, {"u": normal(5, 6)}, r"u has shape \[5, 6\]; expected \[5, H, C\]"),
     (ops.gatv2, GATV2, {"v": normal(5, 2, 4)}, r"v has shape \[5, 2, 4\]; expected \[5, 2, 3\]"),
     (ops.gatv2, GATV2, {"att": normal(6)}, r"att has shape \[6\]; expected \[2, 3\]"),
@@ -356,7 +392,7 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("corruption", CORRUPT)
-@pytest.mark.parametrize("op", ["spmm_backward", "sddmm_backward", "gatv2_backward"])
+@pytest.mark.parametrize("op", ["spmm_backward", "sddmm_backward", "masked_spmm_backward", "gatv2_backward"])
 def test_a_corrupt_graph_is_refused_however_it_gets_in(corruption, op):
     position, value = CORRUPT[corruption]
     if position < 2 and op == "gatv2_backward":
@@ -411,7 +447,7 @@ def test_a_tensor_of_the_wrong_size_is_refused_however_it_gets_in(backend, name)
 
 
 # arguments whose last dimension no other argument fixes
-FREE = {("spmm", 6), ("gated_pool", 3)}
+FREE = {("spmm", 6), ("masked_spmm", 6), ("gated_pool", 3)}
 
 
 # ---- the choice of backend

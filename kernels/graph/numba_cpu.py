@@ -1,4 +1,4 @@
-"""The graph family on CPU: the sparse products; attention and gated pooling have a file each, and are named here.
+"""The graph family on CPU: the sparse products. Masked ones, attention and gated pooling have files and are named here.
 
 A kernel divides its work into a fixed number of parts of about equal numbers of edges, so its sums do not depend on the
 number of threads. Four edges are taken at a time: the row that they add to is then read and written once for four.
@@ -10,7 +10,8 @@ from numba import prange
 from perturbcore.kernels.common.numba_cpu import first_row, kernel, run
 from perturbcore.kernels.graph.gated_pool_numba_cpu import gated_pool, gated_pool_backward
 from perturbcore.kernels.graph.gatv2_numba_cpu import gatv2, gatv2_attention, gatv2_backward
-from perturbcore.kernels.graph.reference import check_csr, check_index, sddmm_batch, spmm_batch
+from perturbcore.kernels.graph.masked_spmm_numba_cpu import masked_spmm, masked_spmm_backward
+from perturbcore.kernels.graph.structure import check_csr, check_index, sddmm_batch, spmm_batch
 from torch import Tensor
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "gatv2",
     "gatv2_attention",
     "gatv2_backward",
+    "masked_spmm",
+    "masked_spmm_backward",
     "sddmm",
     "sddmm_backward",
     "spmm",

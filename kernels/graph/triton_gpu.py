@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from perturbcore.kernels.graph.reference import sddmm_batch, spmm_batch
+from perturbcore.kernels.graph.structure import sddmm_batch, spmm_batch
 from torch import Tensor
 
 BLOCK_EDGES = 16
