@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch.library import Library
 
-GRAPH = ("spmm", "spmm_backward", "gatv2", "gatv2_attention", "gatv2_backward", "gated_pool", "gated_pool_backward")
+PRODUCTS = ("spmm", "spmm_backward", "sddmm", "sddmm_backward")
+ATTENTION = ("gatv2", "gatv2_attention", "gatv2_backward")
+GRAPH = (*PRODUCTS, *ATTENTION, "gated_pool", "gated_pool_backward", "masked_spmm", "masked_spmm_backward")
 FAMILY = dict.fromkeys(GRAPH, "graph")
 
 # the module of each backend, the ops that it serves, and the devices that it serves them on
@@ -25,7 +27,7 @@ MODULES = {
 SERVES = {
     "reference": frozenset(FAMILY),
     "numba": frozenset(FAMILY),
-    "triton": frozenset(GRAPH),
+    "triton": frozenset((*PRODUCTS, *ATTENTION, "gated_pool", "gated_pool_backward")),
     "cuda": frozenset({"spmm", "spmm_backward"}),
 }
 DEFAULTS = {"cpu": ("numba", "reference"), "cuda": ("triton", "cuda", "reference")}

@@ -48,6 +48,69 @@ def spmm(graph: Graph, x: Tensor, weight: Tensor | None = None, reduce: Literal[
     return y if batched else y[0]
 
 
+def sddmm(graph: Graph, a: Tensor, b: Tensor) -> Tensor:
+    """Multiply the features at the two ends of every edge e: j → i, y[b, e] = ⟨a[b, i], b[b, j]⟩.
+
+    ``a`` (destinations) and ``b`` (sources) [N, D] or [B, N, D]; returns [B, E] if either has a batch, else [E], in the
+    order of ``graph.col``. float32 or float64; differentiable in ``a`` and ``b``. Keeps nothing beside its inputs.
+    """
+    a = _values("a", a, graph.device, None)
+    if a.dim() not in (2, 3) or a.shape[-2] != graph.num_nodes:
+        raise _refuse("a", a, f"[{graph.num_nodes}, D] or [B, {graph.num_nodes}, D]")
+    b = _values("b", b, a.device, a.dtype)
+    if b.dim() not in (2, 3) or b.shape[-2:] != a.shape[-2:]:
+        raise _refuse("b", b, f"{list(a.shape[-2:])} or {['B', *a.shape[-2:]]}".replace("'", ""))
+    if a.dim() == b.dim() == 3 and a.shape[0] != b.shape[0]:
+        raise _refuse("b", b, f"{list(a.shape)}, the batch of a")
+    y = _ops.sddmm.default(*_csr(graph), a if a.dim() == 3 else a[None], b if b.dim() == 3 else b[None])
+    return cast(Tensor, y) if a.dim() == 3 or b.dim() == 3 else cast(Tensor, y)[0]
+
+
+def masked_spmm(
+    graph: Graph,
+    x: Tensor,
+    mask: Tensor,
+    weight: Tensor | None = None,
+    *,
+    candidates: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Pass messages among the nodes that each query selects: y[b, i] = mask[b, i] · Σ_j w_ij · mask[b, j] · x[b, j].
+
+    ``mask`` [B, N], boolean, 0/1 or soft, and ``x`` [N, D] or [B, N, D] → [B, N, D]. With ``candidates``, CSR (ptr
+    [B + 1], idx [nnz]) of the nodes that a query may select, each once, ``mask`` [nnz] and ``x`` [nnz, D] → [nnz, D]:
+    nodes that are not listed have mask 0, and all else grows with what is listed, not with B · N. ``weight`` [E] in the
+    order of ``graph.col``; None means the graph's own weight, else 1. A node of mask 0 sends and receives nothing, yet
+    its mask has the gradient of the formula. float32 or float64; differentiable in ``x``, ``mask`` and ``weight``.
+    Keeps nothing beside its inputs; works on one integer per node and task, and in the backward pass on the weights by
+    source. Source: the re-encoding of the selected subgraph of AdaPert (arXiv 2602.18885).
+    """
+    x = _values("x", x, graph.device, None)
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        mask = mask.to(x.dtype)
+    mask = _values("mask", mask, x.device, x.dtype)
+    nodes = graph.num_nodes
+    ptr, idx = _candidates(candidates, None, x.device)
+    if idx is None:
+        if mask.dim() != 2 or mask.shape[1] != nodes:
+            raise _refuse("mask", mask, f"[B, {nodes}]")
+        if x.dim() not in (2, 3) or x.shape[-2] != nodes:
+            raise _refuse("x", x, f"[{nodes}, D] or [B, {nodes}, D]")
+        if x.dim() == 3 and x.shape[0] != mask.shape[0]:
+            raise _refuse("x", x, f"[{nodes}, D] or [{mask.shape[0]}, {nodes}, D], the batch of mask")
+    else:
+        if mask.shape != idx.shape:
+            raise _refuse("mask", mask, f"{list(idx.shape)}, one per candidate")
+        if x.dim() != 2 or x.shape[0] != idx.shape[0]:
+            raise _refuse("x", x, f"[{idx.shape[0]}, D], a row per candidate")
+    if weight is None:
+        weight = None if graph.weight is None else graph.weight.to(x.dtype)
+    else:
+        weight = _values("weight", weight, x.device, x.dtype)
+        if weight.shape != graph.col.shape:
+            raise _refuse("weight", weight, f"[{graph.num_edges}]")
+    return cast(Tensor, _ops.masked_spmm.default(*_csr(graph), weight, x, mask, ptr, idx))
+
+
 @overload
 def gatv2(
     graph: Graph, u: Tensor, v: Tensor, att: Tensor, negative_slope: float = ..., return_attention: Literal[False] = ...
@@ -153,18 +216,18 @@ def _csr(graph: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _candidates(
-    candidates: tuple[Tensor, Tensor] | None, n_queries: int, device: torch.device
+    candidates: tuple[Tensor, Tensor] | None, n_queries: int | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     if candidates is None:
         return None, None
     ptr, idx = candidates
-    for name, t, expected in (("candidates[0]", ptr, f"[{n_queries + 1}]"), ("candidates[1]", idx, "[nnz]")):
+    for name, t, expected in (("candidates[0]", ptr, "[B + 1]"), ("candidates[1]", idx, "[nnz]")):
         if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
             given = getattr(t, "dtype", type(t).__name__)
             raise ValueError(f"{name} is a {given}; expected a tensor of integers {expected}.")
         if t.dim() != 1 or t.device != device:
             raise _refuse(name, t, f"{expected} on {device}")
-    if ptr.shape[0] != n_queries + 1:
+    if n_queries is not None and ptr.shape[0] != n_queries + 1:
         raise _refuse("candidates[0]", ptr, f"[{n_queries + 1}], one more than queries")
     return ptr.long(), idx.long()
 
@@ -208,6 +271,27 @@ def _(rowptr, col, t_rowptr, t_col, t_perm, weight, x, grad, need_x, need_weight
     return x.new_empty(x.shape if need_x else 0), grad_weight
 
 
+@register_fake("perturbcore::sddmm", lib=library)
+def _(rowptr, col, t_rowptr, t_col, t_perm, a, b):  # type: ignore[no-untyped-def]
+    return a.new_empty(torch.broadcast_shapes(a.shape[:1], b.shape[:1])[0], col.shape[0])
+
+
+@register_fake("perturbcore::sddmm_backward", lib=library)
+def _(rowptr, col, t_rowptr, t_col, t_perm, a, b, grad, need_a, need_b):  # type: ignore[no-untyped-def]
+    return a.new_empty(a.shape if need_a else 0), b.new_empty(b.shape if need_b else 0)
+
+
+@register_fake("perturbcore::masked_spmm", lib=library)
+def _(rowptr, col, t_rowptr, t_col, t_perm, weight, x, mask, ptr, idx):  # type: ignore[no-untyped-def]
+    return x.new_empty(*mask.shape, x.shape[-1])
+
+
+@register_fake("perturbcore::masked_spmm_backward", lib=library)
+def _(rowptr, col, t_rowptr, t_col, t_perm, weight, x, mask, ptr, idx, grad, need_weight, need_x, need_mask):  # type: ignore[no-untyped-def]
+    grad_weight = x.new_empty(weight.shape if need_weight and weight is not None else 0)
+    return grad_weight, x.new_empty(x.shape if need_x else 0), mask.new_empty(mask.shape if need_mask else 0)
+
+
 @register_fake("perturbcore::gatv2", lib=library)
 def _(rowptr, col, t_rowptr, t_col, t_perm, u, v, att, negative_slope):  # type: ignore[no-untyped-def]
     return u.new_empty(u.shape), u.new_empty(u.shape[:2])
@@ -234,7 +318,7 @@ def _(a, q, w, h, *others):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (a, q, w, h))
 
 
-def _spmm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -242,6 +326,18 @@ def _spmm_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_weight, need_x = ctx.needs_input_grad[5:]
     grad_x, grad_weight = _ops.spmm_backward.default(*ctx.saved_tensors, grad, need_x, need_weight)
     return (None,) * 5 + (grad_weight if need_weight else None, grad_x if need_x else None)
+
+
+def _sddmm_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_a, need_b = ctx.needs_input_grad[5:]
+    grad_a, grad_b = _ops.sddmm_backward.default(*ctx.saved_tensors, grad, need_a, need_b)
+    return (None,) * 5 + (grad_a if need_a else None, grad_b if need_b else None)
+
+
+def _masked_spmm_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[5:8]
+    grads = _ops.masked_spmm_backward.default(*ctx.saved_tensors, grad, *needed)
+    return (None,) * 5 + tuple(g if need else None for g, need in zip(grads, needed, strict=True)) + (None, None)
 
 
 def _gatv2_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -273,8 +369,10 @@ def _no_second_order(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("The graph ops are differentiable once; a gradient of their gradient is not implemented.")
 
 
-register_autograd("perturbcore::spmm", _spmm_grad, setup_context=_spmm_setup, lib=library)
+register_autograd("perturbcore::spmm", _spmm_grad, setup_context=_save_inputs, lib=library)
+register_autograd("perturbcore::sddmm", _sddmm_grad, setup_context=_save_inputs, lib=library)
+register_autograd("perturbcore::masked_spmm", _masked_spmm_grad, setup_context=_save_inputs, lib=library)
 register_autograd("perturbcore::gatv2", _gatv2_grad, setup_context=_gatv2_setup, lib=library)
 register_autograd("perturbcore::gated_pool", _gated_pool_grad, setup_context=_gated_pool_setup, lib=library)
-for _op in ("spmm_backward", "gatv2_backward", "gated_pool_backward"):
+for _op in ("spmm_backward", "sddmm_backward", "masked_spmm_backward", "gatv2_backward", "gated_pool_backward"):
     register_autograd(f"perturbcore::{_op}", _no_second_order, lib=library)

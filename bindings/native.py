@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from perturbcore.bindings.backend import BackendError
-from perturbcore.kernels.graph.reference import spmm_batch
+from perturbcore.kernels.graph.structure import spmm_batch
 from torch import Tensor
 
 ABI_VERSION = 1

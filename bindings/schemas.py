@@ -6,6 +6,7 @@ from torch import Tag
 from torch.library import Library
 
 CSR = "Tensor rowptr, Tensor col, Tensor t_rowptr, Tensor t_col, Tensor t_perm"
+MASKED = "Tensor? weight, Tensor x, Tensor mask, Tensor? ptr, Tensor? idx"
 GATE = "float tau, bool hard, int? seed, float threshold, bool weighted, str pool, float negative_slope"
 POOL = f"Tensor a, Tensor q, Tensor w, Tensor h, Tensor? ptr, Tensor? idx, {GATE}"
 
@@ -14,6 +15,15 @@ SCHEMAS = {
     "spmm_backward": (
         f"({CSR}, Tensor? weight, Tensor x, Tensor grad, bool need_x, bool need_weight)"
         " -> (Tensor grad_x, Tensor grad_weight)"
+    ),
+    "sddmm": f"({CSR}, Tensor a, Tensor b) -> Tensor",
+    "sddmm_backward": (
+        f"({CSR}, Tensor a, Tensor b, Tensor grad, bool need_a, bool need_b) -> (Tensor grad_a, Tensor grad_b)"
+    ),
+    "masked_spmm": f"({CSR}, {MASKED}) -> Tensor",
+    "masked_spmm_backward": (
+        f"({CSR}, {MASKED}, Tensor grad, bool need_weight, bool need_x, bool need_mask)"
+        " -> (Tensor grad_weight, Tensor grad_x, Tensor grad_mask)"
     ),
     "gatv2": f"({CSR}, Tensor u, Tensor v, Tensor att, float negative_slope) -> (Tensor y, Tensor lse)",
     "gatv2_attention": (

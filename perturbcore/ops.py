@@ -7,6 +7,6 @@ y = ops.spmm(graph, x, weight)
 
 from perturbcore.bindings.backend import BackendError, backend
 from perturbcore.bindings.csr import Graph
-from perturbcore.bindings.graph import GatedPool, gated_pool, gatv2, spmm
+from perturbcore.bindings.graph import GatedPool, gated_pool, gatv2, masked_spmm, sddmm, spmm
 
-__all__ = ["BackendError", "GatedPool", "Graph", "backend", "gated_pool", "gatv2", "spmm"]
+__all__ = ["BackendError", "GatedPool", "Graph", "backend", "gated_pool", "gatv2", "masked_spmm", "sddmm", "spmm"]

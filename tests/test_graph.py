@@ -188,6 +188,39 @@ def test_spmm_is_the_dense_product_on_any_graph(backend, data):
     torch.testing.assert_close(ops.spmm(graph, x), dense @ x, rtol=1e-12, atol=1e-12)
 
 
+# ---- sddmm
+
+
+def test_sddmm_by_hand(backend):
+    graph = ops.Graph.from_edges([0, 2, 1, 2, 2], [1, 0, 1, 2, 0], 4)
+    a = torch.tensor([[1.0, -1.0], [10.0, 0.0], [100.0, 2.0], [7.0, 7.0]])
+    b = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [9.0, 9.0]])
+    given = ops.sddmm(graph, a, b).new_empty(5)
+    given[graph.perm] = ops.sddmm(graph, a, b)  # back into the order of the edges as given
+    assert given.tolist() == [10.0, -1.0, 30.0, 512.0, -1.0]
+
+
+@pytest.mark.parametrize("shape", GRAPHS.values(), ids=GRAPHS)
+@pytest.mark.parametrize(("a_batch", "b_batch"), BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sddmm_agrees_with_float64(backend, shape, a_batch, b_batch, dtype):
+    graph = random_graph(*shape)
+    inputs = {"a": normal(*a_batch, graph.num_nodes, 5), "b": normal(*b_batch, graph.num_nodes, 5, seed=1)}
+
+    def exact(a, b):
+        y = reference.sddmm(*csr(graph), *(t if t.dim() == 3 else t[None] for t in (a, b)))
+        return y if a_batch or b_batch else y[0]
+
+    compare(lambda a, b: ops.sddmm(graph, a, b), exact, inputs, dtype)
+
+
+def test_sddmm_is_the_gradient_of_spmm_in_its_weights(backend):
+    graph = random_graph(40, 200)
+    x, grad, weight = normal(3, 40, 17), normal(3, 40, 17, seed=1), normal(3, 200).requires_grad_()
+    (expected,) = torch.autograd.grad(ops.spmm(graph, x, weight), weight, grad)
+    assert_close(ops.sddmm(graph, grad, x), expected)
+
+
 # ---- gatv2
 
 

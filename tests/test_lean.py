@@ -27,6 +27,10 @@ if sys.argv[1] == "spmm":
     inputs = normal(N, D), normal(E)
     op = lambda x, w: ops.spmm(graph, x, w)
     inner, own = E * D * 4, 2 * (2 * N * D + E) * 4
+elif sys.argv[1] == "sddmm":
+    inputs = normal(N, D), normal(N, D)
+    op = lambda a, b: ops.sddmm(graph, a, b)
+    inner, own = E * D * 4, (4 * N * D + 4 * E) * 4
 elif sys.argv[1] == "gatv2":
     inputs = normal(N, 2, D // 2), normal(N, 2, D // 2), normal(2, D // 2)
     op = lambda u, v, att: ops.gatv2(graph, u, v, att)
@@ -51,7 +55,7 @@ print(min(peak_bytes(call) for _ in range(2)), own, inner)
 """
 
 
-OPS = ["spmm", "gatv2", "gated_pool"]
+OPS = ["spmm", "sddmm", "gatv2", "gated_pool"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ raw = torch.ops.perturbcore
 GRAPH = ops.Graph.from_edges([0, 2, 1, 2, 2, 4, 0], [1, 0, 1, 2, 0, 1, 1], 5)
 CANDIDATES = (torch.tensor([0, 3, 3, 5]), torch.tensor([4, 0, 4, 1, 2]))
 CSR = (GRAPH.rowptr, GRAPH.col, GRAPH.t_rowptr, GRAPH.t_col, GRAPH.t_perm)
+LISTS = (CANDIDATES[0], torch.tensor([4, 0, 3, 1, 2]))  # as CANDIDATES, without a repeat
 GATE = (0.7, False, 3, 0.5, True, "sqrt", 0.2)
 
 
@@ -47,6 +48,23 @@ def cases(dtype=torch.float64):
             (normal(2, 5, 3, dtype=dtype), normal(7, dtype=dtype)),
         ),
         "spmm, mean": (lambda x: ops.spmm(GRAPH, x, reduce="mean"), (normal(5, 3, dtype=dtype),)),
+        "sddmm": (lambda a, b: ops.sddmm(GRAPH, a, b), (normal(2, 5, 3, dtype=dtype), normal(5, 3, dtype=dtype))),
+        "sddmm, batched": (
+            lambda a, b: ops.sddmm(GRAPH, a, b),
+            (normal(2, 5, 3, dtype=dtype), normal(2, 5, 3, dtype=dtype, seed=1)),
+        ),
+        "masked_spmm": (
+            lambda x, m, w: ops.masked_spmm(GRAPH, x, m, w),
+            (normal(2, 5, 3, dtype=dtype), normal(2, 5, dtype=dtype), normal(7, dtype=dtype)),
+        ),
+        "masked_spmm, x shared": (
+            lambda x, m, w: ops.masked_spmm(GRAPH, x, m, w),
+            (normal(5, 3, dtype=dtype), normal(2, 5, dtype=dtype), normal(7, dtype=dtype)),
+        ),
+        "masked_spmm, candidates": (
+            lambda x, m, w: ops.masked_spmm(GRAPH, x, m, w, candidates=LISTS),
+            (normal(5, 3, dtype=dtype), normal(5, dtype=dtype), normal(7, dtype=dtype)),
+        ),
         "gatv2": (lambda u, v, att: ops.gatv2(GRAPH, u, v, att), nodes),
         "gated_pool": (pool(None), scores),
         "gated_pool, candidates": (pool(CANDIDATES), scores),
@@ -84,6 +102,12 @@ def test_straight_through_gradient_is_that_of_the_soft_gate(backend, hard):
 OPCHECKS = {
     "spmm": (*CSR, normal(2, 7), normal(1, 5, 3)),
     "spmm_backward": (*CSR, normal(2, 7), normal(1, 5, 3), normal(2, 5, 3), True, True),
+    "sddmm": (*CSR, normal(2, 5, 3), normal(1, 5, 3)),
+    "sddmm_backward": (*CSR, normal(2, 5, 3), normal(1, 5, 3), normal(2, 7), True, True),
+    "masked_spmm": (*CSR, normal(7), normal(5, 3), normal(5), *LISTS),
+    "masked_spmm_backward": (
+        *CSR, normal(7), normal(5, 3), normal(2, 5), None, None, normal(2, 5, 3), True, True, True,
+    ),
     "gatv2": (*CSR, normal(5, 2, 3), normal(5, 2, 3, seed=1), normal(2, 3), 0.2),
     "gatv2_attention": (*CSR[:2], normal(5, 2, 3), normal(5, 2, 3, seed=1), normal(2, 3), normal(5, 2), 0.2),
     "gatv2_backward": (
@@ -155,6 +179,17 @@ def test_same_bits_on_one_and_two_threads(poisoned, name):
             ]
         )
         run = lambda: [ops.spmm(graph, *inputs, reduce="mean" if "mean" in name else "sum")]  # noqa: E731
+    elif name.startswith("sddmm"):
+        shared = [] if name == "sddmm" else [3]
+        inputs = requiring_grad([normal(3, 900, 33, dtype=f32), normal(*shared, 900, 33, dtype=f32, seed=1)])
+        run = lambda: [ops.sddmm(graph, *inputs)]  # noqa: E731
+    elif name.startswith("masked_spmm"):
+        lists = (torch.arange(4) * 600, torch.cat([torch.arange(q, 900)[:600] for q in (0, 200, 300)]))
+        rows = (1800,) if "candidates" in name else (900,) if "shared" in name else (3, 900)
+        mask = normal(*((1800,) if "candidates" in name else (3, 900)), dtype=f32).relu()
+        inputs = requiring_grad([normal(*rows, 33, dtype=f32), mask, normal(8000, dtype=f32)])
+        listed = lists if "candidates" in name else None
+        run = lambda: [ops.masked_spmm(graph, *inputs, candidates=listed)]  # noqa: E731
     elif name == "gatv2":
         inputs = requiring_grad(
             [normal(900, 2, 33, dtype=f32), normal(900, 2, 33, dtype=f32, seed=1), normal(2, 33, dtype=f32)]
@@ -244,7 +279,7 @@ def test_second_order_gradients_are_refused(name):
         torch.autograd.grad(gradient.square().sum(), inputs[:1])
 
 
-@pytest.mark.parametrize("name", ["spmm", "gatv2", "gated_pool", "gated_pool, candidates"])
+@pytest.mark.parametrize("name", ["spmm", "sddmm", "masked_spmm", "gatv2", "gated_pool", "gated_pool, candidates"])
 def test_nan_and_infinity_are_not_lost(backend, name):
     op, inputs = cases(torch.float32)[name]
     for position in range(len(inputs)):
@@ -263,17 +298,16 @@ def test_nan_and_infinity_are_not_lost(backend, name):
                 assert slope.isfinite().all() or not gradient.isfinite().all()
 
 
-def test_gradients_only_where_asked(backend):
-    x, weight = normal(2, 5, 3), normal(7)
-    for asked in ([True, False], [False, True]):
-        inputs = [t.clone().requires_grad_(a) for t, a in zip((x, weight), asked, strict=True)]
-        full = requiring_grad((x, weight))
-        ops.spmm(GRAPH, *inputs).sum().backward()
-        ops.spmm(GRAPH, *full).sum().backward()
-        for t, other, a in zip(inputs, full, asked, strict=True):
-            assert (t.grad is not None) == a
-            if a:
-                assert_close(t.grad, other.grad)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("gatv2", "gated_pool"))])
+def test_gradients_only_where_asked(backend, name):
+    op, inputs = cases()[name]
+    full = requiring_grad(inputs)
+    op(*full).sum().backward()
+    for asked in range(len(inputs)):
+        some = [t.clone().requires_grad_(position == asked) for position, t in enumerate(inputs)]
+        op(*some).sum().backward()
+        assert [t.grad is not None for t in some] == [position == asked for position in range(len(inputs))]
+        assert_close(some[asked].grad, full[asked].grad)
 
 
 # ---- refusals
@@ -284,6 +318,9 @@ def lists(ptr, idx):
 
 
 SPMM = {"x": normal(5, 3)}
+SDDMM = {"a": normal(5, 3), "b": normal(2, 5, 3)}
+MASKED = {"x": normal(5, 3), "mask": normal(2, 5)}
+LISTED = {"x": normal(5, 3), "mask": normal(5), "candidates": LISTS}
 GATV2 = {"u": normal(5, 2, 3), "v": normal(5, 2, 3), "att": normal(2, 3)}
 POOL = {"a": normal(5, 3), "q": normal(2, 3), "w": normal(3), "h": normal(5, 2)}
 REFUSALS = [
@@ -295,6 +332,20 @@ REFUSALS = [
     (ops.spmm, {"x": normal(2, 5, 3)}, {"weight": normal(3, 7)}, r"weight has shape \[3, 7\]; expected \[2, 7\]"),
     (ops.spmm, SPMM, {"reduce": "max"}, r"reduce is 'max'; expected one of 'sum', 'mean'"),
     (ops.spmm, SPMM, {"x": normal(5, 3).to("meta")}, r"x is on meta; expected cpu"),
+    (ops.sddmm, SDDMM, {"a": normal(4, 3)}, r"a has shape \[4, 3\]; expected \[5, D\] or \[B, 5, D\]"),
+    (ops.sddmm, SDDMM, {"b": normal(5, 4)}, r"b has shape \[5, 4\]; expected \[5, 3\] or \[B, 5, 3\]"),
+    (ops.sddmm, SDDMM, {"a": normal(3, 5, 3)}, r"b has shape \[2, 5, 3\]; expected \[3, 5, 3\], the batch of a"),
+    (ops.sddmm, SDDMM, {"b": normal(5, 3).float()}, r"b has dtype torch.float32; expected torch.float64"),
+    (ops.masked_spmm, MASKED, {"x": normal(4, 3)}, r"x has shape \[4, 3\]; expected \[5, D\] or \[B, 5, D\]"),
+    (ops.masked_spmm, MASKED, {"x": normal(3, 5, 3)}, r"x has shape \[3, 5, 3\]; .* \[2, 5, D\], the batch of mask"),
+    (ops.masked_spmm, MASKED, {"mask": normal(5)}, r"mask has shape \[5\]; expected \[B, 5\]"),
+    (ops.masked_spmm, MASKED, {"mask": normal(2, 5).long()}, r"mask has dtype torch.int64; expected torch.float64"),
+    (ops.masked_spmm, MASKED, {"weight": normal(2, 7)}, r"weight has shape \[2, 7\]; expected \[7\]"),
+    (ops.masked_spmm, LISTED, {"mask": normal(4)}, r"mask has shape \[4\]; expected \[5\], one per candidate"),
+    (ops.masked_spmm, LISTED, {"x": normal(4, 3)}, r"x has shape \[4, 3\]; expected \[5, D\], a row per candidate"),
+    (ops.masked_spmm, LISTED, {"candidates": lists([0, 5], [0, 1, 2, 3, 5])}, r"candidates\[1\] holds the index 5"),
+    (ops.masked_spmm, LISTED, {"candidates": lists([0, 9], [0, 1, 2, 3, 4])}, r"candidates\[0\] does not rise"),
+    (ops.masked_spmm, LISTED, {"candidates": lists([0, 5], [0, 1, 2, 3, 0])}, r"candidates\[1\] lists node 0 twice"),
     (ops.gatv2, GATV2, {"u": normal(5, 6)}, r"u has shape \[5, 6\]; expected \[5, H, C\]"),
     (ops.gatv2, GATV2, {"v": normal(5, 2, 4)}, r"v has shape \[5, 2, 4\]; expected \[5, 2, 3\]"),
     (ops.gatv2, GATV2, {"att": normal(6)}, r"att has shape \[6\]; expected \[2, 3\]"),
@@ -341,7 +392,7 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("corruption", CORRUPT)
-@pytest.mark.parametrize("op", ["spmm_backward", "gatv2_backward"])
+@pytest.mark.parametrize("op", ["spmm_backward", "sddmm_backward", "masked_spmm_backward", "gatv2_backward"])
 def test_a_corrupt_graph_is_refused_however_it_gets_in(corruption, op):
     position, value = CORRUPT[corruption]
     if position < 2 and op == "gatv2_backward":
@@ -356,7 +407,7 @@ def test_a_corrupt_graph_is_refused_however_it_gets_in(corruption, op):
             forward = op.removesuffix("_backward")
             with pytest.raises(ValueError, match=r"rowptr|col"):
                 getattr(raw, forward)(*arguments[:5], *OPCHECKS[forward][5:])
-        if position >= 2 or op == "gatv2_backward":
+        if position >= 2 or op != "spmm_backward":
             with pytest.raises(ValueError, match=r"rowptr|col|t_perm"):
                 getattr(raw, op)(*arguments)
 
@@ -396,7 +447,7 @@ def test_a_tensor_of_the_wrong_size_is_refused_however_it_gets_in(backend, name)
 
 
 # arguments whose last dimension no other argument fixes
-FREE = {("spmm", 6), ("gated_pool", 3)}
+FREE = {("spmm", 6), ("masked_spmm", 6), ("gated_pool", 3)}
 
 
 # ---- the choice of backend

@@ -25,7 +25,8 @@ from perturbcore.kernels.common.numba_cpu import (
     scalar,
     sigmoid,
 )
-from perturbcore.kernels.graph.reference import check_csr, check_shape, norm, norm_backward, rows
+from perturbcore.kernels.graph.reference import norm, norm_backward
+from perturbcore.kernels.graph.structure import check_csr, check_shape, rows
 from torch import Tensor
 from torch.nn.functional import pad
 

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from perturbcore.kernels.common.triton_gpu import entries_of, indices_at
 from perturbcore.kernels.graph.gate_triton_gpu import gate_options, score_gradient_, write_gates
-from perturbcore.kernels.graph.reference import check_shape, norm, norm_backward
+from perturbcore.kernels.graph.reference import norm, norm_backward
+from perturbcore.kernels.graph.structure import check_shape
 from torch import Tensor
 
 TILE = {"BLOCK_P": 16, "BLOCK_V": 64}  # queries × nodes

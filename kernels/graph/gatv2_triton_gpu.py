@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from perturbcore.kernels.common.triton_gpu import entries_of, indices_at
-from perturbcore.kernels.graph.reference import check_shape
+from perturbcore.kernels.graph.structure import check_shape
 from torch import Tensor
 
 MAX_BLOCK_EDGES = 16

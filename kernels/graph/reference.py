@@ -13,61 +13,13 @@ score. A graph is ``rowptr`` [N + 1] and ``col`` [E] by destination, ``t_rowptr`
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from perturbcore.kernels.common.reference import logistic
+from perturbcore.kernels.graph.structure import check_csr, masked_spmm_shapes, refuse_repeats, rows
 from torch import Tensor
 from torch.nn.functional import leaky_relu
-
-
-def check_csr(ptr: Tensor, index: Tensor, bound: int, names: tuple[str, str]) -> None:
-    """Refuse a CSR structure that points outside ``index``, or whose indices lie outside ``0 .. bound - 1``."""
-    steps = ptr.diff()
-    if ptr.numel() == 0 or ptr[0] != 0 or ptr[-1] != index.numel() or (steps.numel() and steps.min() < 0):
-        raise ValueError(f"{names[0]} does not rise from 0 to {index.numel()}, the number of entries in {names[1]}.")
-    check_index(names[1], index, bound)
-
-
-def check_index(name: str, index: Tensor, bound: int) -> None:
-    """Refuse indices outside ``0 .. bound - 1``."""
-    if index.numel():
-        low, high = (int(v) for v in index.aminmax())
-        if low < 0 or high >= bound:
-            raise ValueError(f"{name} holds the index {low if low < 0 else high}; expected 0 to {bound - 1}.")
-
-
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor of another shape."""
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}.")
-
-
-def spmm_batch(
-    ptr: Tensor,
-    index: Tensor,
-    weight: Tensor | None,
-    x: Tensor,
-    perm: Tensor | None = None,
-    grad: Tensor | None = None,
-) -> int:
-    """Refuse operands of ``spmm``, or of its backward pass, that do not fit the graph; return the batch size."""
-    nodes, edges = x.shape[1], index.shape[0]
-    batch = x.shape[0] if weight is None or weight.shape[0] == 1 else weight.shape[0]
-    check_shape("rowptr", ptr, (nodes + 1,))
-    check_shape("col", index, (edges,))
-    if perm is not None:
-        check_shape("t_perm", perm, (edges,))
-    if weight is not None:
-        check_shape("weight", weight, (weight.shape[0], edges))
-    check_shape("x", x, (x.shape[0] if x.shape[0] == 1 else batch, nodes, x.shape[-1]))
-    if grad is not None:
-        check_shape("grad", grad, (batch, *x.shape[1:]))
-    return batch
-
-
-def rows(ptr: Tensor) -> Tensor:
-    """Return the row of every entry of a CSR structure, int64 [E]."""
-    return torch.repeat_interleave(torch.arange(ptr.numel() - 1, device=ptr.device), ptr.diff())
 
 
 def spmm(
@@ -108,6 +60,94 @@ def spmm_backward(
         grad_weight = (received * x.index_select(1, col)).sum(-1)
         grad_weight = grad_weight if weight.shape[0] == grad.shape[0] else grad_weight.sum(0, keepdim=True)
     return grad_x, grad_weight
+
+
+def sddmm(rowptr: Tensor, col: Tensor, t_rowptr: Tensor, t_col: Tensor, t_perm: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return ⟨a[b, i], b[b, j]⟩ on every edge j → i, [B, E]; ``a``, ``b`` [B or 1, N, D]."""
+    check_csr(rowptr, col, a.shape[1], ("rowptr", "col"))
+    return (a.index_select(1, rows(rowptr)) * b.index_select(1, col)).sum(-1)
+
+
+def sddmm_backward(
+    rowptr: Tensor,
+    col: Tensor,
+    t_rowptr: Tensor,
+    t_col: Tensor,
+    t_perm: Tensor,
+    a: Tensor,
+    b: Tensor,
+    grad: Tensor,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``a`` and ``b`` given ``grad`` [B, E]; empty where not needed."""
+    check_csr(rowptr, col, a.shape[1], ("rowptr", "col"))
+    dst = rows(rowptr)
+
+    def collect(own: Tensor, at: Tensor, other: Tensor, of: Tensor) -> Tensor:
+        message = other.index_select(1, of) * grad[..., None]  # [B, E, D]
+        total = message.new_zeros(grad.shape[0], *own.shape[1:]).index_add(1, at, message)
+        return total if own.shape[0] == grad.shape[0] else total.sum(0, keepdim=True)
+
+    grad_a = collect(a, dst, b, col) if need_a else a.new_empty(0)
+    return grad_a, collect(b, col, a, dst) if need_b else b.new_empty(0)
+
+
+def masked_spmm(
+    rowptr: Tensor,
+    col: Tensor,
+    t_rowptr: Tensor,
+    t_col: Tensor,
+    t_perm: Tensor,
+    weight: Tensor | None,
+    x: Tensor,
+    mask: Tensor,
+    ptr: Tensor | None,
+    idx: Tensor | None,
+) -> Tensor:
+    """Return mask_i · Σ over edges j → i of weight · mask_j · x_j for every query and node.
+
+    ``weight`` [E], or None for ones; ``mask`` [B, N], ``x`` [N, D] or [B, N, D] → [B, N, D]. With ``ptr`` [B + 1] and
+    ``idx`` [nnz], int64, of the nodes listed for each query, each once: ``mask`` [nnz] and ``x`` [nnz, D] → [nnz, D].
+    """
+    check_csr(rowptr, col, rowptr.numel() - 1, ("rowptr", "col"))
+    masked_spmm_shapes(rowptr.numel() - 1, col, weight, x, mask, idx)
+    spread, collect = _layout(rowptr, ptr, idx)
+    sent = spread(mask[..., None] * x)
+    y = spmm(rowptr, col, t_rowptr, t_col, t_perm, None if weight is None else weight[None], sent)
+    return mask[..., None] * collect(y)
+
+
+def masked_spmm_backward(
+    rowptr: Tensor,
+    col: Tensor,
+    t_rowptr: Tensor,
+    t_col: Tensor,
+    t_perm: Tensor,
+    weight: Tensor | None,
+    x: Tensor,
+    mask: Tensor,
+    ptr: Tensor | None,
+    idx: Tensor | None,
+    grad: Tensor,
+    need_weight: bool,
+    need_x: bool,
+    need_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``weight``, ``x`` and ``mask`` given that of the result; empty where not needed."""
+    check_csr(rowptr, col, rowptr.numel() - 1, ("rowptr", "col"))
+    masked_spmm_shapes(rowptr.numel() - 1, col, weight, x, mask, idx, grad)
+    spread, collect = _layout(rowptr, ptr, idx)
+    structure = (rowptr, col, t_rowptr, t_col, t_perm, None if weight is None else weight[None])
+    sent, received = spread(mask[..., None] * x), spread(mask[..., None] * grad)
+    pulled, d_weight = spmm_backward(*structure, sent, received, True, need_weight)
+    pulled = collect(pulled)
+    grad_x = mask[..., None] * pulled
+    grad_x = grad_x.sum(0) if grad_x.dim() > x.dim() else grad_x
+    grad_mask = (collect(spmm(*structure, sent)) * grad + x * pulled).sum(-1)
+    nothing = x.new_empty(0)
+    grad_weight = nothing if weight is None or not need_weight else d_weight[0]
+    return grad_weight, grad_x if need_x else nothing, grad_mask if need_mask else nothing
 
 
 def gatv2(
@@ -268,6 +308,21 @@ def _soft(
     else:
         z = score + logistic(seed, row, node, score.dtype)
     return z, torch.sigmoid(z / tau)
+
+
+def _layout(
+    rowptr: Tensor, ptr: Tensor | None, idx: Tensor | None
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return how values of listed nodes are spread over all nodes of their query, [B, N, D], and collected again."""
+    if ptr is None or idx is None:
+        return lambda t: t, lambda t: t
+    shape = ptr.numel() - 1, rowptr.numel() - 1
+    check_csr(ptr, idx, shape[1], ("candidates[0]", "candidates[1]"))
+    query, node = rows(ptr), idx
+    pairs, times = torch.unique(query * shape[1] + node, return_counts=True)
+    if (times > 1).any():
+        refuse_repeats(int(pairs[times > 1][0]), shape[1])
+    return lambda t: t.new_zeros(*shape, t.shape[-1]).index_put((query, node), t), lambda t: t[query, node]
 
 
 def _slope(pre: Tensor, negative_slope: float) -> Tensor:

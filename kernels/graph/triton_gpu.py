@@ -15,10 +15,20 @@ import triton.language as tl
 from perturbcore.kernels.common.triton_gpu import entries_of, indices_at
 from perturbcore.kernels.graph.gated_pool_triton_gpu import gated_pool, gated_pool_backward
 from perturbcore.kernels.graph.gatv2_triton_gpu import gatv2, gatv2_attention, gatv2_backward
-from perturbcore.kernels.graph.reference import spmm_batch
+from perturbcore.kernels.graph.structure import sddmm_batch, spmm_batch
 from torch import Tensor
 
-__all__ = ["gated_pool", "gated_pool_backward", "gatv2", "gatv2_attention", "gatv2_backward", "spmm", "spmm_backward"]
+__all__ = [
+    "gated_pool",
+    "gated_pool_backward",
+    "gatv2",
+    "gatv2_attention",
+    "gatv2_backward",
+    "sddmm",
+    "sddmm_backward",
+    "spmm",
+    "spmm_backward",
+]
 
 BLOCK_EDGES = 16
 MAX_BLOCK_FEATURES = 128
@@ -181,3 +191,32 @@ def spmm_backward(
     if need_weight and weight is not None:
         grad_weight = _sddmm(rowptr, col, grad, x, batch, weight.shape[0])
     return grad_x, grad_weight
+
+
+def sddmm(rowptr: Tensor, col: Tensor, t_rowptr: Tensor, t_col: Tensor, t_perm: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return ⟨a[b, i], b[b, j]⟩ on every edge j → i, [B, E], summed in float32 or wider."""
+    batch = sddmm_batch(rowptr, col, a, b)
+    return _sddmm(rowptr, col, a, b, batch, batch)
+
+
+def sddmm_backward(
+    rowptr: Tensor,
+    col: Tensor,
+    t_rowptr: Tensor,
+    t_col: Tensor,
+    t_perm: Tensor,
+    a: Tensor,
+    b: Tensor,
+    grad: Tensor,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``a`` and ``b``, in their shapes, from ``grad`` [B, E]; empty if not needed."""
+    batch = sddmm_batch(rowptr, col, a, b, t_perm, grad)
+    sddmm_batch(t_rowptr, t_col, a, b, t_perm, grad)
+    grad_a, grad_b = a.new_empty(0), b.new_empty(0)
+    if need_a:
+        grad_a = _spmm(rowptr, col, None, grad, b, batch, a.shape[0])
+    if need_b:
+        grad_b = _spmm(t_rowptr, t_col, t_perm, grad, a, batch, b.shape[0])
+    return grad_a, grad_b

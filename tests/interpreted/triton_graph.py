@@ -69,6 +69,32 @@ def test_spmm_and_its_gradients(nodes, edges, features, x_batch, weight_batch, r
     agrees_with_the_reference(op, normals(*shapes), dtype)
 
 
+@pytest.mark.parametrize(("nodes", "edges", "features", "a_batch", "b_batch"), [
+    (7, 40, 5, (), ()), (7, 40, 130, (2,), (2,)), (5, 33, 1, (), (3,)), (5, 20, 17, (3,), ()),
+    (6, 0, 4, (2,), (2,)), (0, 0, 4, (), ()), (4, 9, 0, (2,), ()), (4, 9, 3, (0,), ()),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sddmm_and_its_gradients(nodes, edges, features, a_batch, b_batch, dtype):
+    graph = random_graph(nodes, edges)
+    generator = torch.Generator().manual_seed(1)
+    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    a, b = normal(*a_batch, nodes, features), normal(*b_batch, nodes, features)
+    grad = normal(*(a_batch or b_batch), edges)
+    results = []
+    for backend, wide in (("triton", dtype), ("reference", torch.float64)):
+        inputs = [t.to(wide).requires_grad_() for t in (a, b)]
+        with ops.backend(backend):
+            y = ops.sddmm(graph, *inputs)
+            results.append([y.detach(), *torch.autograd.grad(y, inputs, grad.to(wide))])
+    for result, right in zip(*results, strict=True):
+        assert result.dtype == dtype
+        assert result.shape == right.shape
+        scale = float(right.abs().max()) if right.numel() else 0.0
+        torch.testing.assert_close(
+            result.double(), right, rtol=0, atol=scale * (1e-5 if dtype.itemsize == 4 else 1e-12)
+        )
+
+
 def test_spmm_of_strided_input():
     graph, x = random_graph(6, 20), torch.randn(5, 2, 12)[:, :, ::2].permute(1, 2, 0)
     with ops.backend("triton"):
