@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -34,6 +33,7 @@ from perturbcore.data import (
     shift_cells,
 )
 from perturbcore.data.errors import listed, suggest
+from perturbcore.models.stored_knowledge import knowledge_digest, load_knowledge, save_knowledge
 from perturbcore.training import METRICS, RunError, check_same, load_tensors, save_tensors, write_atomic
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Model(ABC):
             seed=seed,
             data=screen.fingerprint,
             split=split.hash,
-            knowledge=_digest(self.graph, self.embedding),
+            knowledge=knowledge_digest(self.graph, self.embedding),
         )
         if folder is not None and resume and (folder / "config.json").exists():
             written = read_config(folder)
@@ -247,7 +247,7 @@ class Model(ABC):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(folder / "model.safetensors", self._tensors(), {"model": self.name})
-        save_tensors(folder / "knowledge.safetensors", *_knowledge(self.graph, self.embedding))
+        save_knowledge(folder / "knowledge.safetensors", self.graph, self.embedding)
         config = {
             "model": self.name,
             "preset": self.preset,
@@ -277,7 +277,7 @@ class Model(ABC):
         config = read_config(folder)
         if config["model"] != cls.name:
             raise RunError(f"{folder} holds a fitted {config['model']}, not {cls.name}")
-        graph, embedding = _as_knowledge(*load_tensors(folder / "knowledge.safetensors"))
+        graph, embedding = load_knowledge(folder / "knowledge.safetensors")
         model = cls(graph=graph, embedding=embedding, preset=config["preset"], **config["config"])
         training = config["training"]
         model.training = Training(**{**training, "genes": tuple(training["genes"])})
@@ -381,46 +381,3 @@ def _draw(rows: np.ndarray, count: int, random: np.random.Generator) -> np.ndarr
     """Draw rows, each as often as any other but once."""
     whole, rest = divmod(count, len(rows))
     return np.concatenate([np.tile(rows, whole), np.sort(random.choice(rows, rest, replace=False))])
-
-
-def _knowledge(
-    graph: KnowledgeGraph | None, embedding: GeneEmbedding | None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    tensors: dict[str, torch.Tensor] = {}
-    names: dict[str, Any] = {}
-    if graph is not None:
-        arrays = {"src": graph.src, "dst": graph.dst, "weight": graph.weight, "sign": graph.sign}
-        tensors |= {f"graph.{k}": torch.from_numpy(v) for k, v in arrays.items() if v is not None}
-        names["graph"] = {"name": graph.name, "nodes": graph.nodes.tolist(), "directed": graph.directed}
-    if embedding is not None:
-        tensors["embedding.vectors"] = torch.from_numpy(embedding.vectors)
-        names["embedding"] = {"name": embedding.name, "genes": embedding.genes.tolist()}
-    return tensors, names
-
-
-def _digest(graph: KnowledgeGraph | None, embedding: GeneEmbedding | None) -> str:
-    tensors, names = _knowledge(graph, embedding)
-    digest = hashlib.sha256(json.dumps(names).encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _as_knowledge(
-    tensors: dict[str, torch.Tensor], names: dict[str, Any]
-) -> tuple[KnowledgeGraph | None, GeneEmbedding | None]:
-    array = {name: tensor.numpy() for name, tensor in tensors.items()}
-    graph = embedding = None
-    if "graph" in names:
-        graph = KnowledgeGraph(
-            names["graph"]["name"],
-            names["graph"]["nodes"],
-            array["graph.src"],
-            array["graph.dst"],
-            weight=array.get("graph.weight"),
-            sign=array.get("graph.sign"),
-            directed=names["graph"]["directed"],
-        )
-    if "embedding" in names:
-        embedding = GeneEmbedding(names["embedding"]["name"], names["embedding"]["genes"], array["embedding.vectors"])
-    return graph, embedding

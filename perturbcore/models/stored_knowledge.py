@@ -1,0 +1,62 @@
+"""The knowledge beside a fitted model: graph and embedding as one safetensors file, and what they are told apart by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perturbcore.data import GeneEmbedding, KnowledgeGraph
+from perturbcore.training import load_tensors, save_tensors
+
+
+def save_knowledge(path: Path, graph: KnowledgeGraph | None, embedding: GeneEmbedding | None) -> None:
+    """Write graph and embedding, either of which may be missing, into one file, atomically."""
+    save_tensors(path, *_tensors_and_names(graph, embedding))
+
+
+def load_knowledge(path: Path) -> tuple[KnowledgeGraph | None, GeneEmbedding | None]:
+    """Read what `save_knowledge` wrote; RunError where the file is missing or not whole."""
+    tensors, names = load_tensors(path)
+    array = {name: tensor.numpy() for name, tensor in tensors.items()}
+    graph = embedding = None
+    if "graph" in names:
+        graph = KnowledgeGraph(
+            names["graph"]["name"],
+            names["graph"]["nodes"],
+            array["graph.src"],
+            array["graph.dst"],
+            weight=array.get("graph.weight"),
+            sign=array.get("graph.sign"),
+            directed=names["graph"]["directed"],
+        )
+    if "embedding" in names:
+        embedding = GeneEmbedding(names["embedding"]["name"], names["embedding"]["genes"], array["embedding.vectors"])
+    return graph, embedding
+
+
+def knowledge_digest(graph: KnowledgeGraph | None, embedding: GeneEmbedding | None) -> str:
+    """Return a sha256 of all that a model can learn from graph and embedding, their names included."""
+    tensors, names = _tensors_and_names(graph, embedding)
+    content = hashlib.sha256(json.dumps(names).encode())
+    for name in sorted(tensors):
+        content.update(tensors[name].numpy().tobytes())
+    return content.hexdigest()
+
+
+def _tensors_and_names(
+    graph: KnowledgeGraph | None, embedding: GeneEmbedding | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[str, Any] = {}
+    if graph is not None:
+        arrays = {"src": graph.src, "dst": graph.dst, "weight": graph.weight, "sign": graph.sign}
+        tensors |= {f"graph.{k}": torch.from_numpy(v) for k, v in arrays.items() if v is not None}
+        names["graph"] = {"name": graph.name, "nodes": graph.nodes.tolist(), "directed": graph.directed}
+    if embedding is not None:
+        tensors["embedding.vectors"] = torch.from_numpy(embedding.vectors)
+        names["embedding"] = {"name": embedding.name, "genes": embedding.genes.tolist()}
+    return tensors, names
