@@ -18,13 +18,14 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from perturbcore.kernels.common import triton_gpu as common
 from perturbcore.kernels.graph import gate_triton_gpu as gate
 from perturbcore.kernels.graph import gated_pool_triton_gpu as pool
 from perturbcore.kernels.graph import gatv2_triton_gpu as gatv2
 from perturbcore.kernels.graph import triton_gpu as graph
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 ROOT = Path(__file__).parent.parent
 BUDGET = Path(__file__).with_name("kernels.json")

@@ -10,12 +10,12 @@ from importlib.util import find_spec
 
 import scipy.sparse
 import torch
-from perturbcore.benches.case import Case, Outputs, Problem, Work
-from perturbcore.kernels.common.reference import logistic
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from perturbcore import ops
+from perturbcore.benches.case import Case, Outputs, Problem, Work
+from perturbcore.kernels.common.reference import logistic
 
 EAGER = "torch eager"
 

@@ -14,6 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+
 from perturbcore.benches.case import Work
 
 STATUS = Path("/proc/self/status")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from perturbcore.benches.case import Case, Outputs
 from perturbcore.benches.measure import Limits, interleave, peak_bytes
 from perturbcore.benches.registry import select

@@ -6,10 +6,11 @@ import functools
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
 from perturbcore.benches.case import Case, Outputs, Problem
 from perturbcore.benches.registry import CASES
 from perturbcore.benches.run import OURS, PEER_TOLERANCE, error
-from pytest_benchmark.fixture import BenchmarkFixture
 
 
 @functools.lru_cache(maxsize=1)

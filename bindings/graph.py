@@ -7,11 +7,12 @@ from numbers import Integral
 from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
 from perturbcore.bindings import backend
 from perturbcore.bindings.csr import Graph
 from perturbcore.bindings.schemas import library
-from torch import Tensor
-from torch.library import register_autograd, register_fake
 
 backend.implement(library)
 _ops = torch.ops.perturbcore

@@ -8,9 +8,10 @@ from ctypes import c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from perturbcore.bindings.backend import BackendError
 from perturbcore.kernels.graph.structure import spmm_batch
-from torch import Tensor
 
 ABI_VERSION = 1
 LIBRARY = Path(__file__).with_name("libperturbcore.so")

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+
 from perturbcore.benches import main, run
 from perturbcore.benches.case import Case, Problem, Work
 from perturbcore.benches.measure import peak_bytes

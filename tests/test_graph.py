@@ -9,9 +9,9 @@ import torch
 from conftest import assert_close, compare
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from perturbcore.kernels.graph import reference
 
 from perturbcore import ops
+from perturbcore.kernels.graph import reference
 
 DTYPES = [torch.float32, torch.float64]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_close, compare
-from perturbcore.kernels.graph import reference
 
 from perturbcore import ops
+from perturbcore.kernels.graph import reference
 
 f32, f64 = torch.float32, torch.float64
 MASKS = [("hard", f32), ("soft", f32), ("soft", f64), ("nothing", f32), ("all", f64)]

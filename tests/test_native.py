@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from perturbcore.bindings import native
 from perturbcore.bindings.backend import BackendError
 

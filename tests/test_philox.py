@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from perturbcore.kernels.common import reference
 
 numba_cpu = pytest.importorskip("perturbcore.kernels.common.numba_cpu")

@@ -13,8 +13,9 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
-from perturbcore.kernels.common.reference import LOW, MULTIPLIERS, WEYL
 from torch import Tensor
+
+from perturbcore.kernels.common.reference import LOW, MULTIPLIERS, WEYL
 
 # sums may be reordered and contracted, which is what lets a loop vectorise; NaN and infinity keep their meaning
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}

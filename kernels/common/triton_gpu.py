@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from perturbcore.kernels.common.reference import LOW
 from torch import Tensor
+
+from perturbcore.kernels.common.reference import LOW
 
 BLOCK = 256
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from perturbcore.kernels.common.reference import LOW
 from perturbcore.kernels.common.triton_gpu import logistic_noise
-from torch import Tensor
 
 BLOCK = 256  # pairs
 

@@ -15,6 +15,9 @@ import math
 import numpy as np
 import torch
 from numba import prange
+from torch import Tensor
+from torch.nn.functional import pad
+
 from perturbcore.kernels.common.numba_cpu import (
     first_row,
     inner,
@@ -27,8 +30,6 @@ from perturbcore.kernels.common.numba_cpu import (
 )
 from perturbcore.kernels.graph.reference import norm, norm_backward
 from perturbcore.kernels.graph.structure import check_csr, check_shape, rows
-from torch import Tensor
-from torch.nn.functional import pad
 
 TILE = 128  # nodes, a multiple of 4
 PARTS = 16  # of the nodes, in backward passes that sum over them

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 from numba import prange
+from torch import Tensor
+
 from perturbcore.kernels.common.numba_cpu import exp, first_row, inner, kernel, prefetch, run, scalar
 from perturbcore.kernels.graph.structure import check_csr, check_index, check_shape
-from torch import Tensor
 
 PARTS = 64  # of a graph
 AHEAD = 2  # edges

@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numba import prange
+from torch import Tensor
+
 from perturbcore.kernels.common.numba_cpu import inner, kernel, run
 from perturbcore.kernels.graph.structure import check_csr, check_index, check_shape, masked_spmm_shapes, refuse_repeats
-from torch import Tensor
 
 TASKS = 32  # at least so many, for two or three queries to keep all threads busy
 PARTS = 16  # of the nodes, where the queries are summed over

@@ -7,12 +7,13 @@ number of threads. Four edges are taken at a time: the row that they add to is t
 from __future__ import annotations
 
 from numba import prange
+from torch import Tensor
+
 from perturbcore.kernels.common.numba_cpu import first_row, kernel, run
 from perturbcore.kernels.graph.gated_pool_numba_cpu import gated_pool, gated_pool_backward
 from perturbcore.kernels.graph.gatv2_numba_cpu import gatv2, gatv2_attention, gatv2_backward
 from perturbcore.kernels.graph.masked_spmm_numba_cpu import masked_spmm, masked_spmm_backward
 from perturbcore.kernels.graph.structure import check_csr, check_index, sddmm_batch, spmm_batch
-from torch import Tensor
 
 __all__ = [
     "gated_pool",

@@ -16,10 +16,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from perturbcore.kernels.common.reference import logistic
-from perturbcore.kernels.graph.structure import check_csr, masked_spmm_shapes, refuse_repeats, rows
 from torch import Tensor
 from torch.nn.functional import leaky_relu
+
+from perturbcore.kernels.common.reference import logistic
+from perturbcore.kernels.graph.structure import check_csr, masked_spmm_shapes, refuse_repeats, rows
 
 
 def spmm(

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from perturbcore.kernels.common.triton_gpu import entries_of, indices_at
 from perturbcore.kernels.graph.gated_pool_triton_gpu import gated_pool, gated_pool_backward
 from perturbcore.kernels.graph.gatv2_triton_gpu import gatv2, gatv2_attention, gatv2_backward
 from perturbcore.kernels.graph.structure import sddmm_batch, spmm_batch
-from torch import Tensor
 
 __all__ = [
     "gated_pool",

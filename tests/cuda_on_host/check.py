@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
 from perturbcore.bindings import native
 
 LIBRARY = native.library(Path(sys.argv[1]))

@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
+
+from perturbcore import ops
 from perturbcore.kernels.common import reference as common_reference
 from perturbcore.kernels.common import triton_gpu as common_triton
 from perturbcore.kernels.graph import triton_gpu
-
-from perturbcore import ops
 
 
 def random_graph(num_nodes, num_edges, seed=0):
