@@ -21,13 +21,22 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a peer does where the whole would take it too long, or too much memory."""
+
+    share: float  # of the whole; the time of the part is divided by it
+    expected: Callable[[], Outputs]  # in float64
+
+
+@dataclass(frozen=True)
 class Problem:
-    """Inputs turned into calls that all do the same work and return the same tensors."""
+    """Inputs turned into calls that all do the same work and return the same tensors, but for the parts named."""
 
     ours: Callable[[], Outputs]
     peers: Mapping[str, Callable[[], Outputs]]
     expected: Callable[[], Outputs]  # in float64
     work: Work
+    parts: Mapping[str, Part] = field(default_factory=dict)  # peers that do a part only
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,10 @@ class Timing:
     fastest: float
     rounds: int
 
+    def scaled(self, factor: float) -> Timing:
+        """Return the timing of `factor` times the work."""
+        return Timing(self.cpu * factor, self.wall * factor, self.fastest * factor, self.rounds)
+
 
 def interleave(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, Timing]:
     """Time every call in turn, 5 to 50 rounds within about ``budget`` seconds, and return the medians."""

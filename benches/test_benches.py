@@ -31,6 +31,9 @@ def test_bench(benchmark: BenchmarkFixture, case: Case, name: str) -> None:
     calls = {OURS: problem.ours, **problem.peers}
     if name not in calls:
         pytest.skip(f"{name} is not installed")
+    if name in problem.parts:
+        expected = problem.parts[name].expected()
+        benchmark.extra_info["timed_share"] = problem.parts[name].share
     assert error(calls[name](), expected) <= (case.tolerance if name == OURS else PEER_TOLERANCE)
     benchmark.group, benchmark.extra_info["shape"] = case.name, case.shape
     benchmark.pedantic(calls[name], rounds=5, warmup_rounds=1)

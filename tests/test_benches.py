@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from perturbcore.benches import main, run
-from perturbcore.benches.case import Case, Problem, Work
-from perturbcore.benches.measure import peak_bytes
+from perturbcore.benches.case import Case, Part, Problem, Work
+from perturbcore.benches.measure import Timing, peak_bytes
 
 
 class Limits:
@@ -50,6 +50,24 @@ def test_no_ratio_is_told_where_either_side_is_wrong(wrong):
         assert "ratio" not in case["rows"]["peer"]
         assert "CHECK FAILED" in run.describe(case)
         assert "floor" not in run.describe(case)
+
+
+def test_the_time_of_a_part_is_scaled_to_the_whole_and_its_row_says_so(monkeypatch):
+    both = Timing(cpu=1.0, wall=2.0, fastest=1.0, rounds=5)
+    monkeypatch.setattr(run, "interleave", lambda calls, budget: dict.fromkeys(calls, both))
+    right, first = torch.tensor([1.0, 2.0]), torch.tensor([1.0])
+    for part, ratio in ((first, 4.0), (first + 1, None)):
+        problem = Problem(
+            lambda: (right,),
+            {"peer": lambda part=part: (part,)},
+            lambda: (right,),
+            Work(flops=1),
+            {"peer": Part(0.25, lambda: (first,))},
+        )
+        case = run.run_case(Case("op", "graph", "N=2", lambda problem=problem: problem, ("peer",)), Limits(), budget=0)
+        assert case["rows"]["peer"]["wall_s"] == 8.0
+        assert case["rows"]["peer"].get("ratio") == ratio
+        assert "scaled from 25.00% of the work" in run.describe(case)
 
 
 def test_absent_peers_are_named():
