@@ -247,7 +247,9 @@ def test_split_preview_says_what_the_parts_share(files: Files, capsys: pytest.Ca
     assert re.search(r"part +other +conditions +perturbations +genes +contexts", said)
     assert re.search(r"test +train +0 of \d+ +0 of \d+ +\d+ of \d+ +1 of 1", said)
     assert re.search(r"part +genes +seen_0 +seen_1", said)
-    assert "in no part" not in said
+    assert "neither trained on nor tested" not in said
+    assert re.search(r"\ntest, line1:\n  REG\d+, ", said)
+    assert max(map(len, said.splitlines())) <= 80
 
 
 def test_a_split_travels_through_a_toml_file_of_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +269,7 @@ def test_split_preview_names_what_is_in_no_part(tmp_path: Path, capsys: pytest.C
     screen = write_files(tmp_path, n_contexts=2).screen
     asked = ["--split", "unseen_perturbation", "--context", "line2"]
     assert main(["split", "preview", str(screen), *asked]) == 0
-    assert "in no part: line1::" in capsys.readouterr().out
+    assert re.search(r"neither trained on nor tested, line1:\n  REG\d+", capsys.readouterr().out)
     out = ["--out", str(tmp_path / "split.toml")]
     assert "STATE would train on" in failure(capsys, ["split", "write", str(screen), *asked, *out])
 

@@ -131,6 +131,9 @@ def test_json_round_trip_and_hand_written_lists(screen: Screen, tmp_path: Path) 
         ('{"train": ["REG001"], "val": ["REG002"], "test": ["line9::REG003"]}', "line9::REG003"),
         ('{"train": ["REG001"], "val": ["REG002"], "test": []}', "test part of split .* is empty"),
         ('{"train": ["REG001"], "val": ["REG002"], "test": ["REG003"], "seed": null}', "seed of split .* is None"),
+        ('{"train": ["REG001"], "val": ["REG002"], "test": ["REG003"], "seed": true}', "seed of split .* is True"),
+        ('{"train": ["REG001"], "val": ["REG002"], "test": ["line1::"]}', r"bad\.json' names 'line1::'"),
+        ('{"train": ["REG001"], "val": ["REG002"], "test": ["REG003+"]}', r"bad\.json' names 'REG003\+'.* beside '\+'"),
         ('{"train": ["REG001"], "val": ["REG002"], "test": ["line1::REG001"]}', "leaks"),
         (
             '{"name": "unseen_perturbation", "train": ["line1::REG001"], "val": ["REG002"], "test": ["line2::REG001"]}',
@@ -149,6 +152,10 @@ def test_unknown_names_and_shares_are_refused(screen: Screen, tmp_path: Path) ->
         make_split("unseen_perturbations", screen)
     with pytest.raises(DataError, match="Cannot read the split"):
         make_split(tmp_path / "none.json", screen)
+    unseen_perturbation(screen).to_json(tmp_path / "mine.json")
+    for name in ("mine.json", "mine.toml"):
+        with pytest.raises(DataError, match=f"{name}' says itself what it holds out, so no context"):
+            make_split(tmp_path / name, screen, context="line1")
     with pytest.raises(DataError, match="between 0 and 1"):
         unseen_perturbation(screen, test=25)
 

@@ -1,9 +1,11 @@
 """Splits drawn by a rule: combinations with 0, 1 or 2 genes seen, and a context of which a few conditions train."""
 
 import os
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from perturbcore.data import (
@@ -41,8 +43,25 @@ def perturbations(conditions: tuple[Condition, ...]) -> set[Perturbation]:
     return {c.perturbation for c in conditions}
 
 
+def alone_in(screen: Screen) -> set[str]:
+    return {gene for c in screen.conditions if c.perturbation.is_single for gene in c.perturbation.genes}
+
+
 def alone(split: Split) -> set[str]:
     return set(chain.from_iterable(c.perturbation.genes for c in split.train if c.perturbation.is_single))
+
+
+def keeping(screen: Screen, wanted: Callable[[Condition], bool]) -> Screen:
+    return screen.subset(np.concatenate([screen.cells(c) for c in screen.conditions if wanted(c)]))
+
+
+@pytest.mark.parametrize("n_genes", [1, 2])
+def test_too_few_perturbed_genes_are_counted(singles: Screen, n_genes: int) -> None:
+    genes = sorted(alone_in(singles))[:n_genes]
+    few = keeping(singles, lambda c: c.perturbation.genes[0] in genes)
+    for draw in (unseen_perturbation, gears_simulation):
+        with pytest.raises(DataError, match=rf"^Too few perturbed genes \({n_genes}\) at seed 0.* \.json file"):
+            draw(few)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -88,7 +107,7 @@ def test_combo_seen_tests_only_doubles_with_that_many_genes_seen(screen: Screen,
 
 def test_a_split_called_combo_seen_is_refused_with_other_tests(screen: Screen) -> None:
     made = combo_seen(screen, 1)
-    with pytest.raises(DataError, match=r"0 genes seen in training, which .* is not"):
+    with pytest.raises(DataError, match=r"0 of their genes seen in training, and .* are not of that kind"):
         Split("combo_seen0", 0, made.train, made.val, made.test)
     with pytest.raises(DataError, match="Keep each in one part"):
         Split("combo_seen1", 0, made.train, made.val, made.test + made.train[:1])
@@ -101,13 +120,15 @@ def test_combo_seen_says_why_it_cannot(screen: Screen, singles: Screen) -> None:
         combo_seen(screen, 3)
     with pytest.raises(DataError, match="Did you mean 'line2'"):
         combo_seen(screen, 1, context="line-2")
+    with pytest.raises(DataError, match=r"context 'line2' has none\. Use the split unseen_perturbation"):
+        combo_seen(keeping(screen, lambda c: c.context == "line1" or c.perturbation.is_single), 2, context="line2")
     one = simulate(n_genes=60, n_perturbations=8, n_contexts=1, n_modules=2, n_doubles=1, n_cells=2).screen
     with pytest.raises(DataError, match="finds 1 to test and none to validate"):
         combo_seen(one, 2)
     seed = next(
         seed for seed in range(20) if not any(c.perturbation.is_double for c in unseen_perturbation(one, seed).test)
     )
-    with pytest.raises(DataError, match=f"At seed {seed} no double has 1 genes seen in training"):
+    with pytest.raises(DataError, match=f"At seed {seed} no double has 1 of its genes seen in training"):
         combo_seen(one, 1, seed)
 
 
@@ -133,14 +154,8 @@ def test_few_shot_context_says_why_it_cannot(screen: Screen) -> None:
         few_shot_context(screen, "line1", train=0.99)
     with pytest.raises(DataError, match="between 0 and 1"):
         few_shot_context(screen, "line1", train=5)
-    few = screen.subset(
-        sorted(
-            row
-            for context, most in (("line1", 2), ("line2", 9))
-            for c in [c for c in screen.conditions if c.context == context][:most]
-            for row in screen.cells(c)
-        )
-    )
+    shown = set([c for c in screen.conditions if c.context == "line1"][:2])
+    few = keeping(screen, lambda c: c.context == "line2" or c in shown)
     with pytest.raises(DataError, match="'line1' has 2 conditions"):
         few_shot_context(few, "line1")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,7 @@ import typer
 from perturbcore.cli import options
 
 if TYPE_CHECKING:
-    from perturbcore.data import Screen
+    from perturbcore.data import Condition, Screen
 
 FEW_CELLS = 10  # a mean of fewer says little
 
@@ -98,7 +100,6 @@ def preview(
 ) -> None:
     """Count what is in each part, and what the parts share, without writing anything."""
     from perturbcore.data import make_split, read
-    from perturbcore.data.errors import listed
 
     screen = read(file, perturbation, control, context_column, None, scale, verbose=False)
     made = make_split(split, screen, context=context, seed=seed)
@@ -113,15 +114,31 @@ def preview(
         return
     print(f"{made.name}, seed {made.seed}, hash {made.hash[:16]}\n")
     print(counts.to_string(index=False))
-    if unused:
-        print(f"in no part: {listed([str(c) for c in unused], 8)}")
+    print("\nHow many of a part's are in another part too (of its conditions, never any)")
     leakage["share"] = [f"{row.shared} of {row.total}" for row in leakage.itertuples()]
-    print("\nWhat a part shares with another (conditions: none, or the split would be refused)")
-    shares = leakage.pivot(index=["part", "other"], columns="what", values="share")[leakage["what"].unique()]
-    print(shares.sort_index(ascending=False).rename_axis(columns=None).reset_index().to_string(index=False))
+    pairs = list(dict.fromkeys(zip(leakage["part"], leakage["other"], strict=True)))
+    shares = leakage.pivot(index=["part", "other"], columns="what", values="share")
+    shares = shares.loc[pairs, leakage["what"].unique()].rename_axis(columns=None)
+    print(shares.reset_index().to_string(index=False))
     print("\nPerturbations by number of genes, and by how many of them are seen in training")
     print(novelty.to_string(index=False))
-    print("\ntest: " + ", ".join(map(str, made.test)))
+    for name, conditions in (("test", made.test), ("neither trained on nor tested", unused)):
+        print("".join(f"\n{line}" for line in _by_context(name, conditions)))
+
+
+def _by_context(name: str, conditions: Sequence[Condition]) -> Iterator[str]:
+    """Yield lines that name the perturbations of these conditions, contexts with the same ones together."""
+    from perturbcore.data.errors import listed
+    from perturbcore.data.screen import WHOLE
+
+    of_context: dict[str, tuple[str, ...]] = {}
+    for context, perturbation in conditions:
+        of_context[context] = (*of_context.get(context, ()), str(perturbation))
+    for perturbations in dict.fromkeys(of_context.values()):
+        where = ", ".join(context for context, own in of_context.items() if own == perturbations)
+        head = name if where == WHOLE else f"{name}, {where}"
+        words = textwrap.wrap(listed(perturbations, 60), 76, break_long_words=False, break_on_hyphens=False)
+        yield "\n  ".join([f"{head}:", *words])
 
 
 @split.command("write")

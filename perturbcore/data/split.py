@@ -75,8 +75,8 @@ class Split:
         other = [str(c) for c in self.test if not c.perturbation.is_double or self.seen(c) != seen]
         if other:
             raise DataError(
-                f"Split {self.name!r} tests doubles with {seen} genes seen in training, which {listed(other)} is not. "
-                "Give the split another name, or correct its parts."
+                f"Split {self.name!r} tests doubles with {seen} of their genes seen in training, and {listed(other)} "
+                f"{'is' if len(other) == 1 else 'are'} not of that kind. Give it another name, or correct its parts."
             )
 
     @cached_property
@@ -188,7 +188,7 @@ class Split:
 def name_and_seed(content: Mapping[str, Any], path: str | Path) -> tuple[str, int]:
     """Return what a split file says of its name and seed, else the file's name and 0."""
     seed = content.get("seed", 0)
-    if not isinstance(seed, int):
+    if not isinstance(seed, int) or isinstance(seed, bool):
         raise DataError(f"The seed of split {str(path)!r} is {seed!r}, not a whole number.")
     return str(content.get("name", Path(path).stem)), seed
 
@@ -205,7 +205,10 @@ def measured(texts: Iterable[object], screen: Screen, path: str | Path) -> tuple
     named: list[Condition] = []
     for text in map(str, texts):
         context, separator, label = text.rpartition(CONTEXT_SEPARATOR)
-        perturbation = Perturbation.parse(label, control=screen.control_label, known=known)
+        try:
+            perturbation = Perturbation.parse(label, control=screen.control_label, known=known)
+        except DataError as error:
+            raise DataError(f"Split {str(path)!r} names {text!r}, which is no perturbation: {error}") from error
         if perturbation.is_control:
             continue  # some split files list the control among what trains; controls belong to no part
         found = [c for c in conditions_of.get(perturbation, ()) if not separator or c.context == context]

@@ -31,7 +31,8 @@ def unseen_perturbation(
     _refuse_unless_known(context, screen)
     judged = [c for c in screen.conditions if context in (None, c.context)]
     rng = np.random.default_rng(seed)
-    test_genes = _draw({gene for c in judged for gene in c.perturbation.genes}, test, rng)
+    genes = {gene for c in judged for gene in c.perturbation.genes}
+    test_genes = _draw(genes, test, rng)
     rest = [c.perturbation for c in judged if test_genes.isdisjoint(c.perturbation.genes)]
     val_genes = _draw({gene for perturbation in rest for gene in perturbation.genes}, val, rng)
 
@@ -40,10 +41,16 @@ def unseen_perturbation(
             return "test"
         return "train" if val_genes.isdisjoint(condition.perturbation.genes) else "val"
 
+    train = tuple(c for c in screen.conditions if part(c) == "train")
+    if not (train and val_genes):
+        raise DataError(
+            f"Too few perturbed genes ({len(genes)}) at seed {seed}: some are tested, others choose the model, the "
+            "rest train it. Try another seed, or name the conditions of each part in a .json file."
+        )
     return Split(
         name="unseen_perturbation",
         seed=seed,
-        train=tuple(c for c in screen.conditions if part(c) == "train"),
+        train=train,
         val=tuple(c for c in judged if part(c) == "val"),
         test=tuple(c for c in judged if part(c) == "test"),
     )
@@ -83,12 +90,13 @@ def combo_seen(
         raise DataError(f"A double has 0, 1 or 2 genes seen in training, not {seen}.")
     name = f"combo_seen{seen}"
     if not any(c.perturbation.is_double for c in screen.conditions if context in (None, c.context)):
-        raise DataError(f"Split {name!r} tests doubles, and this screen has none. Use the split unseen_perturbation.")
+        where = "this screen" if context is None else f"context {context!r}"
+        raise DataError(f"Split {name!r} tests doubles, and {where} has none. Use the split unseen_perturbation.")
     if seen < 2:
         made = unseen_perturbation(screen, seed, test, val, context)
         doubles = tuple(c for c in made.test if c.perturbation.is_double and made.seen(c) == seen)
         if not doubles:
-            raise DataError(f"At seed {seed} no double has {seen} genes seen in training. Try another seed.")
+            raise DataError(f"At seed {seed} no double has {seen} of its genes seen in training. Try another seed.")
         return Split(name, seed, made.train, made.val, doubles)
     tested, validated = _draw_doubles(screen.conditions, test, val, context, seed)
     if not validated:
@@ -157,6 +165,8 @@ def make_split(name_or_path: str | Path, screen: Screen, *, context: str | None 
     to test in. A file says itself what it holds out. Raises DataError for anything else.
     """
     name = str(name_or_path)
+    if context is not None and name.endswith((".json", ".toml")):
+        raise DataError(f"Split {name!r} says itself what it holds out, so no context can be given beside it.")
     if name.endswith(".json"):
         return Split.read(name, screen)
     if name.endswith(".toml"):
