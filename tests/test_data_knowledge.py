@@ -1,6 +1,7 @@
 import gzip
 import os
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,39 @@ def test_balls_agree_with_breadth_first_search(pairs: list[tuple[int, int]], hop
     ptr, idx = graph.balls([(names[start],)], hops)
     assert idx.tolist() == sorted(reached)
     assert ptr.tolist() == [0, len(reached)]
+
+
+def test_shells_part_what_lies_downstream_from_the_rest() -> None:
+    ptr, idx = chain().shells([("B",), ("Z",), ("A", "D", "Z")], 2)
+    rows = [idx[start:end].tolist() for start, end in pairwise(ptr)]
+    assert rows == [[2], [0], [3], [], [], [], [], [], [1], [2], [], []]
+    ptr, idx = chain().shells([("B",)], 0)
+    assert (ptr.tolist(), idx.tolist()) == ([0], [])
+    assert chain().shells([], 2)[0].tolist() == [0]
+    with pytest.raises(DataError, match="hops"):
+        chain().shells([("A",)], -1)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=25),
+    st.integers(1, 4),
+    st.lists(st.sets(st.integers(0, 7), max_size=3), max_size=3),
+)
+def test_shells_agree_with_breadth_first_search(
+    pairs: list[tuple[int, int]], hops: int, starts: list[set[int]]
+) -> None:
+    names = [f"n{i}" for i in range(8)]
+    graph = KnowledgeGraph("g", names, [s for s, _ in pairs], [d for _, d in pairs])
+    expected = []
+    for start in starts:
+        near, reached = set(start), set(start)
+        for _ in range(hops):
+            far = near | {d for s, d in pairs if s in near} | {s for s, d in pairs if d in near}
+            reached = reached | {d for s, d in pairs if s in reached}
+            expected += [sorted((far - near) & reached), sorted(far - near - reached)]
+            near = far
+    ptr, idx = graph.shells([tuple(names[i] for i in start) for start in starts], hops)
+    assert [idx[begin:end].tolist() for begin, end in pairwise(ptr)] == expected
 
 
 def test_impossible_edges_are_refused() -> None:

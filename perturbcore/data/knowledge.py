@@ -195,25 +195,50 @@ class KnowledgeGraph:
         CSR: ``ptr`` int64 [B + 1] and ``idx`` int64, ascending within a ball. Genes that the graph lacks add nothing,
         so a ball is empty where it lacks them all.
         """
+        ball = self._centres(genes, hops)
+        for _ in range(hops):
+            ball = ball + ball @ self._neighbours
+        return _ragged(ball)
+
+    def shells(self, genes: Sequence[tuple[str, ...]], hops: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return, for each tuple of genes, the nodes 1, 2, … ``hops`` edges away from the nearest of them.
+
+        CSR of two rows for each distance of each tuple: ``ptr`` int64 [2 · B · ``hops`` + 1] and ``idx`` int64,
+        ascending within a row. The first of the two holds the nodes downstream, to which a walk along that many edges
+        leads from one of the genes, the second the others.
+        """
+        near = reached = self._centres(genes, hops)
+        parts = []
+        for _ in range(hops):
+            far, reached = near + near @ self._neighbours, reached + reached @ self._forward
+            ring = far > near
+            downstream = ring.multiply(reached)
+            parts += [downstream, ring > downstream]
+            near = far
+        if not parts:
+            return np.zeros(1, np.int64), np.empty(0, np.int64)
+        by_tuple = np.arange(len(parts) * len(genes)).reshape(len(parts), len(genes)).T.ravel()
+        return _ragged(sp.vstack(parts, format="csr")[by_tuple])
+
+    def _centres(self, genes: Sequence[tuple[str, ...]], hops: int) -> sp.csr_matrix:
+        """Return which nodes each tuple of genes names, bool [B, N]."""
         if hops < 0:
             raise DataError(f"hops counts edges, so it is at least 0, not {hops}.")
         rows = np.repeat(np.arange(len(genes)), [len(group) for group in genes])
         columns = self.index(gene for group in genes for gene in group)
         present = columns >= 0
-        ball = sp.csr_matrix(
+        return sp.csr_matrix(
             (np.ones(present.sum(), bool), (rows[present], columns[present])), shape=(len(genes), self.num_nodes)
         )
-        for _ in range(hops):
-            ball = ball + ball @ self._neighbours
-        ball = sp.csr_matrix(ball)
-        ball.sort_indices()
-        return ball.indptr.astype(np.int64), ball.indices.astype(np.int64)
+
+    @cached_property
+    def _forward(self) -> sp.csr_matrix:
+        one = np.ones(self.num_edges, bool)
+        return sp.csr_matrix((one, (self.src, self.dst)), shape=(self.num_nodes, self.num_nodes))
 
     @cached_property
     def _neighbours(self) -> sp.csr_matrix:
-        one = np.ones(self.num_edges, bool)
-        forward = sp.csr_matrix((one, (self.src, self.dst)), shape=(self.num_nodes, self.num_nodes))
-        return forward + forward.T.tocsr()
+        return self._forward + self._forward.T.tocsr()
 
     def _part(self, edges: np.ndarray, nodes: np.ndarray, directed: bool) -> KnowledgeGraph:
         """Return the graph of some edges (indices) over some nodes (indices, ascending, holding all ends)."""
@@ -242,6 +267,13 @@ class KnowledgeGraph:
 
     def __repr__(self) -> str:
         return f"KnowledgeGraph({self.describe()})"
+
+
+def _ragged(rows: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    """Return row pointers and ascending columns of a sparse matrix."""
+    rows = sp.csr_matrix(rows)
+    rows.sort_indices()
+    return rows.indptr.astype(np.int64), rows.indices.astype(np.int64)
 
 
 def _indices(given: Sequence[int] | np.ndarray, what: str) -> np.ndarray:
