@@ -20,7 +20,6 @@ from perturbcore.data import (
 )
 from perturbcore.metrics import evaluate
 from perturbcore.models import BASELINES, AdaPert, load
-from perturbcore.models.adapert_network import row_of, take
 from perturbcore.models.adapert_objective import AdaPertObjective
 from perturbcore.training import METRICS, RunError, train
 
@@ -264,11 +263,3 @@ def test_graph_that_names_genes_in_another_way_is_refused(small, data):
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         AdaPert(**options)
-
-
-def test_rows_of_a_ragged_array():
-    ragged = (torch.tensor([0, 2, 2, 5]), torch.tensor([7, 8, 1, 2, 3]))
-    ptr, values = take(ragged, torch.tensor([2, 1, 0, 2]))
-    assert ptr.tolist() == [0, 3, 3, 5, 8]
-    assert values.tolist() == [1, 2, 3, 7, 8, 1, 2, 3]
-    assert row_of((ptr, values)).tolist() == [0, 0, 0, 2, 2, 3, 3, 3]

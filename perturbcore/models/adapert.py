@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,56 +15,28 @@ from torch import Tensor
 
 from perturbcore import ops
 from perturbcore.data import Condition, KnowledgeGraph, MissingInput, Perturbation, Screen, Split
-from perturbcore.models.adapert_network import AdaPertNetwork, Interventions, Query, Ragged, Sizes, Start, row_of
+from perturbcore.models.adapert_config import PAPER, AdaPertConfig
+from perturbcore.models.adapert_inputs import Interventions, Linear, Query, Ragged, Sizes, Start, row_of
+from perturbcore.models.adapert_network import AdaPertNetwork
 from perturbcore.models.adapert_objective import AdaPertObjective
 from perturbcore.models.base import Model, Shift, parse
-from perturbcore.models.linear import GeneVectors, LinearResponse
+from perturbcore.models.linear import CommonResponse, GeneVectors, LinearResponse
 from perturbcore.training import Schedule, train
-
-
-@dataclass(frozen=True)
-class AdaPertConfig:
-    """Options of AdaPert; the defaults are the preset "default"."""
-
-    strict: bool = False  # refuse a perturbation that the graph or the embedding lacks
-    top_k: int | None = None  # strongest edges kept into each gene; None: all of 100,000 edges or fewer, else 10
-    max_nodes: int = 4000  # keep the neighbours of measured and perturbed genes while the graph is no larger
-    hops: int = 2  # how far from the perturbed genes a node may be selected
-    width: int = 64  # of node states, scores and projected text
-    heads: int = 2
-    channels: int = 32  # per head
-    layers: int = 2
-    hidden: int = 256
-    state: int = 32  # width of the encoded control profile
-    dropout: float = 0.1
-    absent: float = 0.1  # chance that a training perturbation loses its text, or its nodes, for a step
-    response: Literal["delta", "profile"] = "delta"
-    rows: Literal["pseudobulk", "cells"] = "pseudobulk"
-    pool: Literal["sqrt", "sum", "mean"] = "sqrt"
-    weighted: bool = True  # pool nodes by σ(score)
-    threshold: float = 0.7  # of σ(score), at inference: a node kept rather responds than not
-    tau_first: float = 1.0  # temperature of the gates, falling exponentially
-    tau_last: float = 0.5
-    non_deg: float = 0.1  # weight of the pull to zero on genes that do not respond
-    align: float = 1.0  # weight of the alignment of z_ctx with the response
-    fdr: float = 0.05  # what makes a training gene differentially expressed
-    min_abs_lfc: float = 0.25
-    epochs: int = 60
-    batch_size: int | None = None  # None: an eighth of the rows, between 8 and 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
-    validate_every: int = 2
-    patience: int = 10  # validations without improvement
 
 
 class AdaPert(Model):
     """Perturbation-conditioned node selection on a knowledge graph, with non-response pulled to zero.
 
     Every step passes messages once over the shared graph (GATv2), scores the nodes within `hops` of what is perturbed
-    against its text and node state, opens or shuts a Gumbel gate on each, and pools those let through into z_ctx. The
+    against its text and node state, opens or shuts a Gumbel gate on each, and pools those let through into z_ctx
+    (`selector` has other ways; `reencode` passes messages among the nodes let through before they are pooled). The
     loss is L_recon + non_deg · L_non + align · L_align (section 3.4): squared error; Huber on genes that are not
     differentially expressed in training, δ per gene the spread of such effects; 2 − 2 cos between what was selected and
-    what responds. Training stops on the mean Pearson Δ of the validation conditions.
+    what responds (`align_to`). Training stops on the mean Pearson Δ of the validation conditions.
+
+    The perturbed nodes themselves are always kept, so that the context of a perturbation for which nothing else is
+    selected is its own node state; the manifest counts such training perturbations. One that the graph lacks takes a
+    learned vector, and its predictions say so.
 
     Preset "default" differs from what the authors ran:
 
@@ -85,38 +56,16 @@ class AdaPert(Model):
     * Sizes are those of two cores; the errors are measured in units of the variance of the training responses.
 
     Preset "paper" has the paper's sizes (width 128, 4 layers, 2 heads of 128, hidden 512), decodes the profile from
-    [z_c, z_ctx, s_p] with batch normalisation, trains on cells for 200 epochs, and pools by plain sum. A perturbation
-    without text takes a learned vector rather than that of an arbitrary gene, in both.
+    [z_c, z_ctx, s_p] with batch normalisation, trains on cells for 200 epochs, pools by plain sum, and aligns that sum
+    with the sum of the responding nodes. A perturbation without text takes a learned vector rather than that of an
+    arbitrary gene, in both.
 
     Needs a knowledge graph; an embedding is optional. Signs and weights of edges only choose the `top_k`.
     """
 
     name = "adapert"
     Config = AdaPertConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "default": {},
-        "paper": {
-            "top_k": 10,
-            "threshold": 0.5,
-            "max_nodes": 20_000,
-            "width": 128,
-            "channels": 128,
-            "layers": 4,
-            "hidden": 512,
-            "state": 64,
-            "dropout": 0.2,
-            "absent": 0.0,
-            "response": "profile",
-            "rows": "cells",
-            "pool": "sum",
-            "weighted": False,
-            "batch_size": 64,
-            "align": 0.1,
-            "epochs": 200,
-            "weight_decay": 0.0,
-            "patience": 100,
-        },
-    }
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "paper": PAPER}
 
     def _learn(
         self, screen: Screen, split: Split, *, seed: int, run_dir: Path | None, resume: bool, progress: bool
@@ -157,6 +106,7 @@ class AdaPert(Model):
             },
             "best epoch": history.best_epoch,
             history.metric: history.best_score,
+            "training perturbations that select no other node": self._alone(split),
             "seconds": round(history.seconds, 1),
         }
 
@@ -177,25 +127,20 @@ class AdaPert(Model):
             self._text_mean = text[has_text].mean(axis=0)
             self._text_scale = float(np.sqrt(((text[has_text] - self._text_mean) ** 2).mean())) or 1.0
             text = np.where(has_text[:, None], (text - self._text_mean) / self._text_scale, 0)
-        self.open_shells = [True] * (2 * config.hops)
+        self.open_shells = [True] * (2 * config.reach)
+        self.common: CommonResponse | None = None
         self.linear: LinearResponse | None = None
         loop = np.arange(len(nodes))
         sizes = Sizes(
             nodes=len(nodes),
             genes=len(genes),
             text=text.shape[1] if self.embedding is not None else 0,
-            shells=2 * config.hops,
-            width=config.width,
-            heads=config.heads,
-            channels=config.channels,
-            layers=config.layers,
-            hidden=config.hidden,
-            state=config.state,
         )
         self._genes = {gene: i for i, gene in enumerate(genes)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = AdaPertNetwork(
+                config,
                 sizes,
                 graph=ops.Graph.from_edges(
                     np.concatenate([self._cut.src, loop]), np.concatenate([self._cut.dst, loop]), len(nodes)
@@ -203,13 +148,15 @@ class AdaPert(Model):
                 node_text=torch.from_numpy(text),
                 has_text=torch.from_numpy(has_text),
                 gene_node=torch.from_numpy(self._cut.index(genes)),
-                response=config.response,
-                pool=config.pool,
-                weighted=config.weighted,
-                threshold=config.threshold,
-                dropout=config.dropout,
-                absent=config.absent,
             )
+
+    def _alone(self, split: Split) -> int:
+        """Count the training perturbations of the graph that select nothing but their own nodes."""
+        p, _ = self.interventions(sorted({c.perturbation for c in split.train}))
+        with torch.no_grad():
+            gate = self.network.select(self.network.encode(), p).gate
+        kept = torch.bincount(row_of(p.candidates)[gate > 0], minlength=len(p.text))
+        return int(((kept == 0) & (p.own[0].diff() > 0)).sum())
 
     def interventions(self, perturbations: Sequence[Perturbation]) -> tuple[Interventions, list[str]]:
         """Return what the network needs to know of each perturbation, and what is missing for it ("" for nothing)."""
@@ -242,7 +189,7 @@ class AdaPert(Model):
         """Return the nodes at each distance from each perturbation, those downstream apart from the others."""
         genes, whole = [p.genes for p in perturbations], self._whole
         here = self._cut.index(whole.nodes)  # node of the whole graph -> node of the network, or -1
-        balls = [whole.balls(genes, hops) for hops in range(self.config.hops + 1)]
+        balls = [whole.balls(genes, hops) for hops in range(self.config.reach + 1)]
         down = sp.csr_matrix((np.ones(whole.num_edges, bool), (whole.src, whole.dst)), shape=(whole.num_nodes,) * 2)
         shells: list[np.ndarray] = []
         for i in range(len(perturbations)):
@@ -274,9 +221,11 @@ class AdaPert(Model):
         interventions, missing = self.interventions(unique)
         of = [unique.index(c.perturbation) for c in conditions]
         start = None
-        if self.linear is not None:
-            parts = self.linear.common(control, direction), *self.linear(conditions, direction)
-            start = Start(*map(torch.from_numpy, parts))
+        if self.common is not None:
+            linear = None
+            if self.linear is not None:
+                linear = Linear(*map(torch.from_numpy, self.linear(conditions, direction)))
+            start = Start(torch.from_numpy(self.common(control, direction)), linear)
         sign = torch.from_numpy(direction.astype(np.float32))
         query = Query(interventions, torch.tensor(of), torch.from_numpy(control), sign, start)
         return query, [missing[i] for i in of]
@@ -293,8 +242,8 @@ class AdaPert(Model):
 
         Names are read as `predict` reads them; selection is the same in every context.
 
-        `score` is σ of the node's score, `weight` its share of the pooled context; the perturbed genes themselves, 0
-        hops away and always kept, have score 1.
+        `score` is σ of the node's score, `weight` its share of the pooled context; nodes kept without a score, among
+        them the perturbed genes, 0 hops away and always kept, have score 1.
         """
         known = self._known_genes()
         asked = list(dict.fromkeys(parse(item, known)[1] for item in perturbations))
@@ -302,25 +251,26 @@ class AdaPert(Model):
         self.network.eval()
         with torch.no_grad():
             context = self.network.select(self.network.encode(), interventions)
-        shells = 2 * self.config.hops
-        own, shell = row_of(interventions.own), row_of(interventions.shells)
+        own, candidates = interventions.own, interventions.candidates
         open_ = context.gate > 0
-        row = torch.cat([own, shell[open_] // shells]).numpy()
-        score = torch.cat([torch.ones(len(own)), context.score[open_].sigmoid()]).numpy()
+        row = torch.cat([row_of(own), row_of(candidates)[open_]]).numpy()
+        score = torch.cat([torch.ones(len(own[1])), context.weight[open_]]).numpy()
+        share = score if self.config.weighs else np.ones_like(score)
         table = pd.DataFrame(
             {
                 "perturbation": [str(asked[i]) for i in row],
-                "gene": self._cut.nodes[torch.cat([interventions.own[1], interventions.shells[1][open_]]).numpy()],
+                "gene": self._cut.nodes[torch.cat([own[1], candidates[1][open_]]).numpy()],
                 "score": score,
-                "weight": score / np.bincount(row, score, minlength=len(asked))[row],
-                "hops": torch.cat([torch.zeros_like(own), shell[open_] % shells // 2 + 1]).numpy(),
+                "weight": share / np.bincount(row, share, minlength=len(asked))[row],
+                "hops": torch.cat([torch.zeros_like(own[1]), interventions.hops[open_]]).numpy(),
             }
         )
-        return table.sort_values(["perturbation", "weight"], ascending=[True, False], kind="stable", ignore_index=True)
+        return table.sort_values(["perturbation", "weight", "score"], ascending=[True, False, False], ignore_index=True)
 
     def _tensors(self) -> dict[str, Tensor]:
+        start = self.linear or self.common
         network = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        return network if self.linear is None else network | self.linear.tensors()
+        return network if start is None else network | start.tensors()
 
     def _state(self) -> dict[str, Any]:
         linear = None if self.linear is None else self.linear.state()
@@ -332,6 +282,8 @@ class AdaPert(Model):
         self.open_shells = state["open_shells"]
         network = {name: tensor for name, tensor in tensors.items() if name.startswith("network.")}
         self.network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in network.items()})
+        if "common.mean" in tensors:
+            self.common = CommonResponse.restore(tensors)
         if state["linear"] is not None:
             vectors = GeneVectors(self.embedding, self.graph)
             self.linear = LinearResponse.restore(vectors, tensors, state["linear"])
@@ -341,4 +293,4 @@ def _ragged(rows: Sequence[np.ndarray]) -> Ragged:
     """Make a ragged array of index rows, less their -1."""
     rows = [row[row >= 0] for row in rows]
     ptr = np.cumsum([0, *map(len, rows)])
-    return torch.from_numpy(ptr), torch.from_numpy(np.concatenate(rows).astype(np.int64))
+    return torch.from_numpy(ptr), torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows]))

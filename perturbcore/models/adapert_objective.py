@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from perturbcore.data import Condition, Screen, Split
 from perturbcore.metrics.de import deg_labels
-from perturbcore.models.adapert_network import Context, Interventions, Query, Ragged, Start, row_of, take
-from perturbcore.models.linear import GeneVectors, LinearResponse
+from perturbcore.models.adapert_inputs import Interventions, Linear, Query, Ragged, Start, row_of, take
+from perturbcore.models.adapert_network import Context
+from perturbcore.models.adapert_selection import Nodes, ScoredSelector
+from perturbcore.models.linear import CommonResponse, GeneVectors, LinearResponse
 
 if TYPE_CHECKING:
     from perturbcore.models.adapert import AdaPert
@@ -51,16 +52,15 @@ class AdaPertObjective:
         self.unit = 1.0
         self.start: Start | None = None
         if self.config.response == "delta":
-            vectors = GeneVectors(model.embedding, model.graph)
-            model.linear, sharing, others = LinearResponse.fit(screen, split, vectors)
-            common = model.linear.common(bulk.control_mean, bulk.direction)
-            parts = common, sharing[bulk.condition], others[bulk.condition]
-            self.start = Start(*map(torch.from_numpy, parts))
+            self.start = self._start(split, bulk.condition, bulk.control_mean, bulk.direction)
             residual = self.mean - self.control - self.start.common
             self.unit = float(residual.square().mean()) or 1.0
-            self._fit_gains(residual, self.start)
-            self.interventions, _ = model.interventions(unique)
-            self._fit_scores()
+            self._fit_own_gene(residual)
+            if self.start.linear is not None:
+                self._fit_gains(residual, *self.start.linear)
+                self.interventions, _ = model.interventions(unique)
+            if isinstance(self.module.selector, ScoredSelector):
+                self._fit_scores(self.module.selector)
         model.notes["open shells"] = model.open_shells
 
         self.val = list(split.val)
@@ -70,15 +70,29 @@ class AdaPertObjective:
             self.val_query, _ = model.query(self.val, control, direction)
             self.val_delta = screen.deltas(self.val)
 
-    def _fit_gains(self, residual: Tensor, start: Start) -> None:
-        """Start the gains at least squares, as if every candidate were selected with σ(score) = 0.6.
+    def _start(self, split: Split, condition: np.ndarray, control: np.ndarray, direction: np.ndarray) -> Start:
+        """Fit the responses to start from, and return them for the rows."""
+        model = self.model
+        if not self.config.linear_start:
+            model.common = CommonResponse.of(self.screen, split.train)
+            return Start(torch.from_numpy(model.common(control, direction)), None)
+        vectors = GeneVectors(model.embedding, model.graph)
+        model.linear, sharing, others = LinearResponse.fit(self.screen, split, vectors)
+        model.common = model.linear.common
+        linear = Linear(torch.from_numpy(sharing[condition]), torch.from_numpy(others[condition]))
+        return Start(torch.from_numpy(model.common(control, direction)), linear)
 
-        A shell whose genes follow the linear response no more than genes outside all shells is left out.
-        """
-        p, shells, genes = self.interventions, self.module.sizes.shells, self.mean.shape[1]
-        own = torch.zeros(len(p.text), genes, dtype=torch.bool)
-        own[row_of(p.genes), p.genes[1]] = True
-        own = own[self.of]
+    def _own(self) -> Tensor:
+        """Tell which genes have the own-gene term, bool [R, G]."""
+        p = self.interventions
+        own = torch.zeros(len(p.text), self.mean.shape[1], dtype=torch.bool)
+        if self.config.own_gene:
+            own[row_of(p.genes), p.genes[1]] = True
+        return own[self.of]
+
+    def _fit_own_gene(self, residual: Tensor) -> None:
+        """Start the own-gene term at least squares."""
+        own = self._own()
         with torch.no_grad():
             for at, sign, basis in ((0, -1, -self.control), (1, 1, torch.ones_like(self.control))):
                 here = own & (self.sign == sign)[:, None]
@@ -86,29 +100,39 @@ class AdaPertObjective:
                     self.module.own_gene[at] = (residual * basis)[here].sum() / basis[here].square().sum().clamp(
                         min=1e-9
                     )
+
+    def _fit_gains(self, residual: Tensor, sharing: Tensor, others: Tensor) -> None:
+        """Start the gains at least squares, as if every candidate were selected: with σ(score) = 0.6 if it is scored.
+
+        A shell whose genes follow the linear response no more than genes outside all shells is left out.
+        """
+        p, shells, genes = self.interventions, self.interventions.num_shells, self.mean.shape[1]
+        expected = 0.6 if isinstance(self.module.selector, ScoredSelector) else 1.0
+        with torch.no_grad():
             gene, row = self.module.node_gene[p.shells[1]], row_of(p.shells)
             inside = torch.zeros(len(p.text) * shells, genes)
             inside[row[gene >= 0], gene[gene >= 0]] = 1
-            inside = inside.view(-1, shells, genes)[self.of]  # [R, K, G]
-            others = start.others[:, None] * torch.cat([1 - inside.sum(1, keepdim=True), inside], 1)
-            parts = torch.cat([others, start.sharing[:, None]], 1) * ~own[:, None]
+            inside = inside.view(len(p.text), shells, genes)[self.of]  # [R, K, G]
+            shares = others[:, None] * torch.cat([1 - inside.sum(1, keepdim=True), inside], 1)
+            parts = torch.cat([shares, sharing[:, None]], 1) * ~self._own()[:, None]
             gram = torch.einsum("rag,rbg->ab", parts, parts) + 1e-6 * torch.eye(2 + shells)
             # What sharing adds is taken as it is where no training perturbations share a gene.
-            right = torch.einsum("rag,rg->a", parts, residual - start.sharing)
+            right = torch.einsum("rag,rg->a", parts, residual - sharing)
             solved = torch.linalg.solve(gram, right)
             gain = solved[:-1]
             self.module.gain_sharing.add_(solved[-1])
             self.module.gain[0] = gain[0]
-            self.module.gain[1:] = (gain[1:] - gain[0]) / 0.6
+            self.module.gain[1:] = (gain[1:] - gain[0]) / expected
         better = (gain[1:] > gain[0]).tolist()
-        self.model.open_shells = better if any(better) else [True] * shells
+        if any(better) and self.config.selector != "gat_attention":  # which follows edges from shell to shell
+            self.model.open_shells = better
 
-    def _fit_scores(self) -> None:
+    def _fit_scores(self, selector: ScoredSelector) -> None:
         """Scale and shift the initial scores, shell by shell, to the log odds that a candidate responds.
 
         Logistic regression on the measured candidates of the training perturbations, five steps of Newton's method.
         """
-        module, p, shells = self.module, self.interventions, self.module.sizes.shells
+        module, p, shells = self.module, self.interventions, self.interventions.num_shells
         module.eval()
         with torch.no_grad():
             score = module.select(module.encode(), p).score.double()
@@ -126,10 +150,10 @@ class AdaPertObjective:
                 odds = torch.sigmoid(x @ coefficient)
                 hessian = (x * (odds * (1 - odds))[:, None]).T @ x + torch.eye(1 + shells)
                 coefficient += torch.linalg.solve(hessian, x.T @ (y - odds) - coefficient)
-            module.scale_scores(max(float(coefficient[0]), 0.0), coefficient[1:].float())
+            selector.rescale(max(float(coefficient[0]), 0.0), coefficient[1:].float())
 
     def _label(self, train: Sequence[Condition]) -> None:
-        """Label the differentially expressed genes; keep the spread of other effects and |Δ| of those on the graph."""
+        """Label the differentially expressed genes; keep the spread of other effects, and the Δ to align with."""
         labels = deg_labels(self.screen, train, self.config.fdr, self.config.min_abs_lfc)
         delta = torch.from_numpy(self.screen.deltas(train))
         self.deg: Ragged = (torch.from_numpy(labels.ptr), torch.from_numpy(labels.idx))
@@ -138,13 +162,13 @@ class AdaPertObjective:
         silent = torch.where(responds, torch.nan, delta)
         overall = silent.square().nanmean().sqrt().nan_to_num(1.0)
         self.spread = silent.square().nanmean(0).sqrt().nan_to_num(float(overall)).clamp(min=0.1 * float(overall))
-        node = self.module.gene_node[self.deg[1]]
-        size = delta[row_of(self.deg), self.deg[1]].abs()
-        on_graph = node >= 0
-        count = torch.bincount(row_of(self.deg)[on_graph], minlength=len(delta))
+        node, size = self.module.gene_node[self.deg[1]], delta[row_of(self.deg), self.deg[1]]
+        to = self.config.align_to
+        kept = node >= 0 if to in ("selection", "node_sum") else torch.ones_like(node, dtype=torch.bool)
+        count = torch.bincount(row_of(self.deg)[kept], minlength=len(delta))
         ptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
-        self.deg_node: Ragged = (ptr, node[on_graph])
-        self.deg_size: Ragged = (ptr, size[on_graph])
+        self.aligned: Ragged = (ptr, (node if to == "node_sum" else self.deg[1])[kept])
+        self.aligned_delta: Ragged = (ptr, size[kept])
 
     def losses(self, rows: Tensor, step: int, progress: float) -> dict[str, Tensor]:
         """Reconstruction, non-response and alignment of a batch of rows."""
@@ -152,45 +176,38 @@ class AdaPertObjective:
         tau = config.tau_first * (config.tau_last / config.tau_first) ** progress
         unique, of = torch.unique(self.of[row], return_inverse=True)
         p = self.interventions.rows(unique)
-        h = self.module.encode()
-        context = self.module.select(h, p, tau, seed=self.seed * 1_000_003 + step)
+        nodes = self.module.encode()
+        context = self.module.select(nodes, p, tau, seed=self.seed * 1_000_003 + step)
         control = self.control[row]
         start = None if self.start is None else self.start.rows(row)
         delta = self.module.decode(Query(p, of, control, self.sign[row], start), context)
         target = torch.from_numpy(self.screen.dense(self.cells[rows])) if config.rows == "cells" else self.mean[row]
         weight = self.weight[rows][:, None]
-        recon = (weight * (control + delta - target).square()).mean() / self.unit
+        losses = {"recon": (weight * (control + delta - target).square()).mean() / self.unit}
+        loss = losses["recon"]
+        if config.non_deg:
+            losses["non_deg"] = self._non_response(delta, weight, self.condition[row])
+            loss = loss + config.non_deg * losses["non_deg"]
+        if config.align:
+            losses["align"] = self._misalignment(nodes, p, context, of, self.condition[row])
+            loss = loss + config.align * losses["align"]
+        return {"loss": loss, **losses}
 
+    def _non_response(self, delta: Tensor, weight: Tensor, condition: Tensor) -> Tensor:
+        """Mean Huber distance from zero of the genes that do not respond."""
         silent = torch.ones_like(delta)
-        labelled = take(self.deg, self.condition[row])
+        labelled = take(self.deg, condition)
         silent[row_of(labelled), labelled[1]] = 0
         size = delta.abs()
         huber = torch.where(size <= self.spread, size.square() / 2, self.spread * (size - self.spread / 2))
-        non_deg = (weight * silent * huber).sum() / (weight * silent).sum().clamp(min=1) / self.unit
+        return (weight * silent * huber).sum() / (weight * silent).sum().clamp(min=1) / self.unit
 
-        align = self._misalignment(h.detach(), p, context, of, self.condition[row])
-        loss = recon + config.non_deg * non_deg + config.align * align
-        return {"loss": loss, "recon": recon, "non_deg": non_deg, "align": align}
-
-    def _misalignment(self, h: Tensor, p: Interventions, context: Context, of: Tensor, condition: Tensor) -> Tensor:
-        """2 − 2 cos between what was selected and what responds, over the rows where anything does.
-
-        In the paper both are sums of node states; by default both are taken in the coordinates of the nodes, where
-        what all node states have in common does not count.
-        """
-        labelled, size = take(self.deg_node, condition), take(self.deg_size, condition)
-        row, weight = row_of(labelled), size[1]
-        if self.config.response == "profile":
-            found = context.pooled[of]
-            target = torch.zeros_like(found).index_add(0, row, weight[:, None] * h[labelled[1]])
-        else:
-            found = self.module.share(p, context).sum(1)[of]
-            target = torch.zeros_like(found)
-            target[row, self.module.node_gene[labelled[1]]] = weight
-        some = labelled[0].diff() > 0
-        if not some.any():
-            return h.new_zeros(())
-        return (2 - 2 * cosine_similarity(found[some], target[some])).mean()
+    def _misalignment(self, nodes: Nodes, p: Interventions, context: Context, of: Tensor, condition: Tensor) -> Tensor:
+        """Distance of the context of each row from the response of its condition."""
+        by_node = self.config.align_to == "selection"
+        found = self.module.share(p, context).sum(1) if by_node else context.pooled
+        responding, delta = take(self.aligned, condition), take(self.aligned_delta, condition)
+        return self.module.alignment(found[of], responding, delta[1], nodes.state)
 
     def validate(self) -> float | None:
         """Mean Pearson Δ over the validation conditions."""

@@ -191,6 +191,15 @@ class CommonResponse:
         weight *= np.where(alike.any(axis=1, keepdims=True), alike, 1)
         return (weight / weight.sum(axis=1, keepdims=True) @ self.mean).astype(np.float32)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the arrays that `restore` needs."""
+        return {f"common.{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in vars(self).items()}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, torch.Tensor]) -> CommonResponse:
+        """Take back what `tensors` gave."""
+        return cls(**{name: tensors[f"common.{name}"].numpy() for name in ("profile", "mean", "direction")})
+
 
 @dataclass(frozen=True)
 class LinearResponse:
@@ -249,9 +258,9 @@ class LinearResponse:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the arrays that `restore` needs."""
-        arrays = {f"common.{name}": value for name, value in vars(self.common).items()}
-        arrays |= {"ridge.alpha": self.ridge.alpha, "ridge.direction": self.ridge.rows.direction}
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        arrays = {"ridge.alpha": self.ridge.alpha, "ridge.direction": self.ridge.rows.direction}
+        ridge = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return self.common.tensors() | ridge
 
     def state(self) -> dict[str, Any]:
         """Return what else `restore` needs, as JSON values."""
@@ -265,10 +274,8 @@ class LinearResponse:
     @classmethod
     def restore(cls, vectors: GeneVectors, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> LinearResponse:
         """Take back what `tensors` and `state` gave."""
-        array = {name: tensor.numpy() for name, tensor in tensors.items()}
-        common = CommonResponse(**{name: array[f"common.{name}"] for name in ("profile", "mean", "direction")})
         conditions = tuple(Condition(context, Perturbation(tuple(genes))) for context, *genes in state["conditions"])
         features, _ = vectors([c.perturbation for c in conditions])
-        rows = Rows(features, np.array([c.context for c in conditions]), array["ridge.direction"])
-        ridge = KernelRidge(rows=rows, alpha=array["ridge.alpha"], **state["ridge"])
-        return cls(vectors, common, ridge, conditions, state["by_gene"])
+        rows = Rows(features, np.array([c.context for c in conditions]), tensors["ridge.direction"].numpy())
+        ridge = KernelRidge(rows=rows, alpha=tensors["ridge.alpha"].numpy(), **state["ridge"])
+        return cls(vectors, CommonResponse.restore(tensors), ridge, conditions, state["by_gene"])
