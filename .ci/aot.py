@@ -25,6 +25,7 @@ from perturbcore.kernels.common import triton_gpu as common
 from perturbcore.kernels.graph import gate_triton_gpu as gate
 from perturbcore.kernels.graph import gated_pool_triton_gpu as pool
 from perturbcore.kernels.graph import gatv2_triton_gpu as gatv2
+from perturbcore.kernels.graph import masked_spmm_triton_gpu as masked
 from perturbcore.kernels.graph import triton_gpu as graph
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,7 @@ BUDGET = Path(__file__).with_name("kernels.json")
 ARCHITECTURES = (80, 90)
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
+WIDTHS = ("features", "hidden", "channels", "a_stride", "b_stride", "x_stride")  # multiples of 16 where it matters
 CSR = {"rowptr": "*i32", "col": "*i32"}
 SPMM = CSR | {"edge": "*i32", "weight": "*fp32", "x": "*fp32", "out": "*fp32"}
 SIZES = dict.fromkeys(("num_rows", "num_edges", "features", "terms"), "i32")
@@ -76,6 +78,19 @@ POOL: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...], tuple[str, ...], di
     "ragged sum": (pool._ragged_sum_kernel, *SUM, pool.PAIRS),
     "ragged sum by node": (*(pool._ragged_sum_kernel, ("own", *SUM[0]), ("order", *SUM[1]), *SUM[2:], pool.PAIRS),),
 }
+# message passing among selected nodes: the kernel, its int32 and floating tensors; with lists also these two
+MASKED_SIZES = dict.fromkeys(("nodes", "edges", "queries", "entries"), "i64")
+LISTS = {"place": "*i32", "query": "*i64", "node": "*i64"}
+MASKED = {
+    "gather": (masked._gather_kernel, ("ptr", "index", "edge"), ("weight", "mask", "values", "out"), ("rows", "terms")),
+    "mask backward": (
+        masked._mask_bwd_kernel,
+        ("rowptr", "col", "t_rowptr", "t_col", "t_perm"),
+        ("weight", "mask", "x", "grad", "grad_x", "grad_mask"),
+        (),
+    ),
+    "weight backward": (masked._weight_bwd_kernel, ("row", "col"), ("mask", "x", "grad", "grad_weight"), ()),
+}
 DRAW = {"key_low": "i64", "key_high": "i64", "row": "*i64", "column": "*i64", "out": "*fp32", "size": "i32"}
 
 # name: kernel, types of its arguments, constants, warps; the configurations that the launchers use
@@ -107,6 +122,23 @@ for name, (kernel, floats, integers, sizes, numbers, constants) in POOL.items():
         CONFIGURATIONS[f"gated_pool {name} {number}"] = (kernel, types, constants | absent, 4)
 
 
+for name, (kernel, integers, floats, sizes) in MASKED.items():
+    for form, lists in (("", {}), ("lists ", LISTS)):
+        for number in ("fp32", "fp64"):
+            types = dict.fromkeys(integers, "*i32") | dict.fromkeys(floats, f"*{number}") | MASKED_SIZES
+            types |= dict.fromkeys((*sizes, "features"), "i32") | {
+                a: t for a, t in lists.items() if a in kernel.arg_names
+            }
+            tile = masked.WEIGHTS if kernel is masked._weight_bwd_kernel else masked.blocks(128)
+            constants = tile | {"SHARED": not lists}
+            warps = constants.pop("num_warps")
+            absent = {a: None for a in kernel.arg_names if a not in types and a not in constants}
+            CONFIGURATIONS[f"masked_spmm {form}{name} {number}"] = (kernel, types, constants | absent, warps)
+types = {"query": "*i64", "node": "*i64", "place": "*i32"} | MASKED_SIZES
+del types["edges"]
+CONFIGURATIONS["masked_spmm places"] = (masked._enter_kernel, types, {"BLOCK": masked.BLOCK_ENTRIES}, 4)
+
+
 def usage(binary: Path, architecture: int) -> Iterator[tuple[str, dict[str, int]]]:
     """Yield what each kernel of a cubin or shared library needs: registers and bytes a thread, shared bytes a block."""
     command = [triton.knobs.nvidia.cuobjdump.path, "-arch", f"sm_{architecture}", "-res-usage", str(binary)]
@@ -125,7 +157,9 @@ def triton_kernels(folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
             fn=kernel,
             signature={argument: types.get(argument, "constexpr") for argument in kernel.arg_names},
             constexprs={position[argument]: value for argument, value in constants.items()},
-            attrs={position[a]: [["tt.divisibility", 16]] for a, kind in types.items() if kind.startswith("*")},
+            attrs={
+                position[a]: [["tt.divisibility", 16]] for a, kind in types.items() if a in WIDTHS or kind[0] == "*"
+            },
         )
         for architecture in ARCHITECTURES:
             compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": warps})

@@ -27,7 +27,7 @@ MODULES = {
 SERVES = {
     "reference": frozenset(FAMILY),
     "numba": frozenset(FAMILY),
-    "triton": frozenset((*PRODUCTS, *ATTENTION, "gated_pool", "gated_pool_backward")),
+    "triton": frozenset(FAMILY),
     "cuda": frozenset({"spmm", "spmm_backward"}),
 }
 DEFAULTS = {"cpu": ("numba", "reference"), "cuda": ("triton", "cuda", "reference")}

@@ -27,6 +27,12 @@ def indices_at(index, entry, last, bound):
     return j, (j >= 0) & (j < bound)
 
 
+def rows_of(ptr: Tensor, entries: int) -> Tensor:
+    """Return the row of each entry of a CSR structure: a search, which bears any pointers and waits for nothing."""
+    entry = torch.arange(entries, dtype=ptr.dtype, device=ptr.device)
+    return torch.searchsorted(ptr.contiguous()[1:], entry, right=True, out_int32=ptr.dtype == torch.int32)
+
+
 @triton.jit
 def word(key_low, key_high, row, column):
     """Word of each logical index (row, column), uint32; integer blocks of one shape."""

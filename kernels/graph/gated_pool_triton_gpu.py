@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perturbcore.kernels.common.triton_gpu import entries_of, indices_at
+from perturbcore.kernels.common.triton_gpu import entries_of, indices_at, rows_of
 from perturbcore.kernels.graph.gate_triton_gpu import gate_options, score_gradient_, write_gates
 from perturbcore.kernels.graph.reference import norm, norm_backward
 from perturbcore.kernels.graph.structure import check_shape
@@ -302,11 +302,10 @@ def gated_pool_backward(
 
 
 def _lists(ptr: Tensor | None, idx: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return candidates contiguous, and the query of each: a search, which bears any pointers and waits for nothing."""
+    """Return candidates contiguous, and the query of each."""
     if ptr is None or idx is None:
         return None, None, None
-    ptr = ptr.contiguous()
-    return ptr, idx.contiguous(), torch.searchsorted(ptr[1:], torch.arange(idx.numel(), device=idx.device), right=True)
+    return ptr.contiguous(), idx.contiguous(), rows_of(ptr, idx.numel())
 
 
 def _check(a: Tensor, q: Tensor, w: Tensor, h: Tensor, ptr: Tensor | None, idx: Tensor | None) -> None:

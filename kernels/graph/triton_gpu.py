@@ -1,4 +1,4 @@
-"""The graph family in Triton: the sparse products; attention and gated pooling have a file each, and are named here.
+"""The graph family in Triton: the sparse products; all else has files of its own, and is named here.
 
 One program reduces one row, or samples the products at one row's edges, for one batch element: every sum has one
 program and one order, and there is no atomic. The structure is not checked, as that would wait for the device: an index
@@ -17,6 +17,7 @@ from torch import Tensor
 from perturbcore.kernels.common.triton_gpu import entries_of, indices_at
 from perturbcore.kernels.graph.gated_pool_triton_gpu import gated_pool, gated_pool_backward
 from perturbcore.kernels.graph.gatv2_triton_gpu import gatv2, gatv2_attention, gatv2_backward
+from perturbcore.kernels.graph.masked_spmm_triton_gpu import masked_spmm, masked_spmm_backward
 from perturbcore.kernels.graph.structure import sddmm_batch, spmm_batch
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "gatv2",
     "gatv2_attention",
     "gatv2_backward",
+    "masked_spmm",
+    "masked_spmm_backward",
     "sddmm",
     "sddmm_backward",
     "spmm",

@@ -4,47 +4,12 @@ import functools
 
 import pytest
 import torch
+from comparing import DTYPES, agrees_with_the_reference, csr, normals, random_graph
 
 from perturbcore import ops
 from perturbcore.kernels.common import reference as common_reference
 from perturbcore.kernels.common import triton_gpu as common_triton
 from perturbcore.kernels.graph import triton_gpu
-
-
-def random_graph(num_nodes, num_edges, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    src, dst = (torch.randint(max(num_nodes, 1), (num_edges,), generator=generator) for _ in range(2))
-    dst[: num_edges // 2] = 0  # a row of several blocks of edges; most rows stay empty
-    return ops.Graph.from_edges(src, dst, num_nodes)
-
-
-def normals(*shapes):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
-
-
-def agrees_with_the_reference(op, inputs, dtype):
-    """Compare results and gradients of an op with those of the reference in float64."""
-
-    def pulled(backend, dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in inputs]
-        with ops.backend(backend):
-            results = op(*leaves)
-            results = results if isinstance(results, tuple) else (results,)
-            loss = sum((r * torch.linspace(-1, 2, r.numel(), dtype=dtype).view(r.shape)).sum() for r in results)
-            return *results, *torch.autograd.grad(loss, leaves)
-
-    for result, right in zip(pulled("triton", dtype), pulled("reference", torch.float64), strict=True):
-        assert result.dtype == dtype
-        assert result.shape == right.shape
-        scale = float(right.detach().abs().max().clamp(min=0.1)) if right.numel() else 0.0
-        torch.testing.assert_close(
-            result.double(), right, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 1e-12)
-        )
-
-
-DTYPES = [torch.float32, torch.float64]
-
 
 CASES = [
     # nodes, edges, features, shape of x's batch, shape of weight's batch or None for no weight, reduction
@@ -73,26 +38,10 @@ def test_spmm_and_its_gradients(nodes, edges, features, x_batch, weight_batch, r
     (7, 40, 5, (), ()), (7, 40, 130, (2,), (2,)), (5, 33, 1, (), (3,)), (5, 20, 17, (3,), ()),
     (6, 0, 4, (2,), (2,)), (0, 0, 4, (), ()), (4, 9, 0, (2,), ()), (4, 9, 3, (0,), ()),
 ])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sddmm_and_its_gradients(nodes, edges, features, a_batch, b_batch, dtype):
-    graph = random_graph(nodes, edges)
-    generator = torch.Generator().manual_seed(1)
-    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-    a, b = normal(*a_batch, nodes, features), normal(*b_batch, nodes, features)
-    grad = normal(*(a_batch or b_batch), edges)
-    results = []
-    for backend, wide in (("triton", dtype), ("reference", torch.float64)):
-        inputs = [t.to(wide).requires_grad_() for t in (a, b)]
-        with ops.backend(backend):
-            y = ops.sddmm(graph, *inputs)
-            results.append([y.detach(), *torch.autograd.grad(y, inputs, grad.to(wide))])
-    for result, right in zip(*results, strict=True):
-        assert result.dtype == dtype
-        assert result.shape == right.shape
-        scale = float(right.abs().max()) if right.numel() else 0.0
-        torch.testing.assert_close(
-            result.double(), right, rtol=0, atol=scale * (1e-5 if dtype.itemsize == 4 else 1e-12)
-        )
+    op = functools.partial(ops.sddmm, random_graph(nodes, edges))
+    agrees_with_the_reference(op, normals((*a_batch, nodes, features), (*b_batch, nodes, features)), dtype)
 
 
 def test_spmm_of_strided_input():
@@ -118,8 +67,7 @@ def test_a_corrupt_structure_is_neither_read_nor_written_through():
 @pytest.mark.parametrize("short", ["col", "t_perm", "weight", "x", "grad"])
 def test_a_tensor_that_is_too_short_is_refused(short):
     graph = random_graph(5, 30)
-    given = {name: getattr(graph, name) for name in ("rowptr", "col", "t_rowptr", "t_col", "t_perm")}
-    given |= {"weight": torch.ones(1, 30), "x": torch.ones(1, 5, 3), "grad": torch.ones(1, 5, 3)}
+    given = csr(graph) | {"weight": torch.ones(1, 30), "x": torch.ones(1, 5, 3), "grad": torch.ones(1, 5, 3)}
     given[short] = given[short][..., :-1] if short in ("col", "t_perm", "weight") else given[short][:, :-1]
     with pytest.raises(ValueError, match=r" has shape \["):
         triton_gpu.spmm_backward(*given.values(), True, True)
@@ -193,8 +141,12 @@ def test_gatv2_of_a_corrupt_structure():
 @pytest.mark.parametrize("short", ["u", "v", "t_rowptr", "t_col", "y", "lse", "grad"])
 def test_gatv2_refuses_a_tensor_that_is_too_short(short):
     graph = random_graph(5, 30)
-    given = {name: getattr(graph, name) for name in ("rowptr", "col", "t_rowptr", "t_col", "t_perm")}
-    given |= {"u": torch.ones(5, 1, 3), "v": torch.ones(5, 1, 3), "att": torch.ones(1, 3), "negative_slope": 0.2}
+    given = csr(graph) | {
+        "u": torch.ones(5, 1, 3),
+        "v": torch.ones(5, 1, 3),
+        "att": torch.ones(1, 3),
+        "negative_slope": 0.2,
+    }
     given |= {"y": torch.ones(5, 1, 3), "lse": torch.ones(5, 1), "grad": torch.ones(5, 1, 3)}
     given[short] = given[short][:-1]
     with pytest.raises(ValueError, match=" has shape"):
