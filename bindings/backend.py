@@ -6,7 +6,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -99,10 +99,11 @@ def implement(library: Library) -> None:
 
 
 def _launch(op: str, device: str, *args: Any) -> Any:
-    if not device:
-        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-    launcher = _launcher(op, _choice, device)
-    if not torch.is_autocast_enabled(device):
-        return launcher(*args)
-    with torch.autocast(device, enabled=False):  # a launcher's own products stay in the precision of its inputs
+    where = next(a.device for a in args if isinstance(a, torch.Tensor))
+    launcher = _launcher(op, _choice, device or where.type)
+    with ExitStack() as stack:
+        if where.type == "cuda":  # kernels start on the current device, which may be another
+            stack.enter_context(torch.cuda.device(where))
+        if torch.is_autocast_enabled(where.type):  # a launcher's own products stay in the precision of its inputs
+            stack.enter_context(torch.autocast(where.type, enabled=False))
         return launcher(*args)

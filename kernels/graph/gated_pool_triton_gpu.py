@@ -73,7 +73,7 @@ def _ragged_product_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """⟨w, leaky_relu(x[idx] + own[row])⟩, or ⟨x[idx], own[row]⟩ without w; 0 for an index that points outside."""
+    """⟨w, leaky_relu(x[idx] + own[row])⟩, or ⟨x[idx], own[row]⟩ without w; NaN for an index that points outside."""
     e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     p, known = indices_at(row, e, pairs, queries)
     v, inside = indices_at(idx, e, pairs, nodes)
@@ -90,7 +90,7 @@ def _ragged_product_kernel(
         else:
             product = x_k * own_k
         total += tl.sum(product, axis=1)
-    tl.store(out + e, total, mask=e < pairs)
+    tl.store(out + e, tl.where(inside, total, float("nan")), mask=e < pairs)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _ragged_sum_kernel(
         value = tl.load(x + j[:, None] * features + k[None, :], mask=mask, other=0.0)
         if own is not None:
             value = tl.where(value + own_k[None, :] > 0, 1.0, slope).to(value.dtype)
-        total += tl.sum(tl.load(weight + e, mask=inside, other=0.0)[:, None] * value, axis=0)
+        total += tl.sum(tl.load(weight + e, mask=known, other=0.0)[:, None] * value, axis=0)  # NaN where outside
     tl.store(out + r * features + k, total, mask=k < features)
 
 
