@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -167,7 +166,6 @@ class AdaPert(Model):
         found = np.bincount(row[has_text], minlength=len(perturbations))
         total = np.zeros((len(perturbations), text.shape[1]), np.float32)
         np.add.at(total, row[has_text], (text[has_text] - self._text_mean) / self._text_scale)
-        shells = self._shells(perturbations)
         missing = []
         nodes, measured = self._cut.index(names), np.array([self._genes.get(gene, -1) for gene in names])
         for start, end in pairwise(ptr):
@@ -180,28 +178,17 @@ class AdaPert(Model):
         return Interventions(
             text=torch.from_numpy(total / np.maximum(found, 1)[:, None].astype(np.float32)),
             has_text=torch.from_numpy(found > 0),
-            genes=_ragged([measured[row == i] for i in range(len(perturbations))]),
-            own=_ragged([nodes[row == i] for i in range(len(perturbations))]),
-            shells=_ragged(shells),
+            genes=_ragged(ptr, measured),
+            own=_ragged(ptr, nodes),
+            shells=self._shells(perturbations),
         ), missing
 
-    def _shells(self, perturbations: Sequence[Perturbation]) -> list[np.ndarray]:
+    def _shells(self, perturbations: Sequence[Perturbation]) -> Ragged:
         """Return the nodes at each distance from each perturbation, those downstream apart from the others."""
-        genes, whole = [p.genes for p in perturbations], self._whole
-        here = self._cut.index(whole.nodes)  # node of the whole graph -> node of the network, or -1
-        balls = [whole.balls(genes, hops) for hops in range(self.config.reach + 1)]
-        down = sp.csr_matrix((np.ones(whole.num_edges, bool), (whole.src, whole.dst)), shape=(whole.num_nodes,) * 2)
-        shells: list[np.ndarray] = []
-        for i in range(len(perturbations)):
-            inside = [idx[ptr[i] : ptr[i + 1]] for ptr, idx in balls]
-            reached = inside[0]
-            for near, far in pairwise(inside):
-                reached = np.union1d(reached, down[reached].indices)
-                ring = np.setdiff1d(far, near)
-                for part in (np.intersect1d(ring, reached), np.setdiff1d(ring, reached)):
-                    nodes = here[part] if self.open_shells[len(shells) % len(self.open_shells)] else part[:0]
-                    shells.append(nodes[nodes >= 0])
-        return shells
+        ptr, at = self._whole.shells([p.genes for p in perturbations], self.config.reach)
+        here = self._cut.index(self._whole.nodes)  # node of the whole graph -> node of the network, or -1
+        open_ = np.resize(self.open_shells, len(ptr) - 1).repeat(np.diff(ptr))
+        return _ragged(ptr, np.where(open_, here[at], -1))
 
     def _text(self, genes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.embedding is None:
@@ -219,7 +206,8 @@ class AdaPert(Model):
         """Return what the network needs to predict these conditions, and what is missing for each ("" for nothing)."""
         unique = sorted({c.perturbation for c in conditions})
         interventions, missing = self.interventions(unique)
-        of = [unique.index(c.perturbation) for c in conditions]
+        position = {perturbation: i for i, perturbation in enumerate(unique)}
+        of = [position[c.perturbation] for c in conditions]
         start = None
         if self.common is not None:
             linear = None
@@ -289,8 +277,7 @@ class AdaPert(Model):
             self.linear = LinearResponse.restore(vectors, tensors, state["linear"])
 
 
-def _ragged(rows: Sequence[np.ndarray]) -> Ragged:
-    """Make a ragged array of index rows, less their -1."""
-    rows = [row[row >= 0] for row in rows]
-    ptr = np.cumsum([0, *map(len, rows)])
-    return torch.from_numpy(ptr), torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows]))
+def _ragged(ptr: np.ndarray, values: np.ndarray) -> Ragged:
+    """Make a ragged array of indices, less those that are -1."""
+    kept = values >= 0
+    return torch.from_numpy(np.append(0, kept.cumsum())[ptr]), torch.from_numpy(values[kept])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, dropout, leaky_relu
 
 from perturbcore import ops
+from perturbcore.models.adapert_activation import skip_activation
 from perturbcore.models.adapert_alignment import Alignment
 from perturbcore.models.adapert_config import AdaPertConfig
 from perturbcore.models.adapert_inputs import Interventions, Query, Sizes, row_of
@@ -67,8 +68,7 @@ class GraphEncoder(nn.Module):
                 paid = alpha.amax(1)
             else:
                 y = ops.gatv2(graph, *ends, attention)
-            y = y.flatten(1) + bias
-            x = dropout(leaky_relu(torch.cat([y, x], 1), 0.2), self.dropout, self.training)
+            x = skip_activation(y.flatten(1), bias, x, 0.2, self.dropout if self.training else 0.0)
         return dropout(leaky_relu(self.out(x), 0.2), self.dropout, self.training), paid
 
 
@@ -91,7 +91,7 @@ class AdaPertNetwork(nn.Module):
     """
 
     node_text: Tensor
-    has_text: Tensor
+    with_text: Tensor
     gene_node: Tensor
     node_gene: Tensor
 
@@ -109,8 +109,8 @@ class AdaPertNetwork(nn.Module):
         super().__init__()
         self.config, self.sizes, self.graph = config, sizes, graph
         d, hidden, genes = config.width, config.hidden, sizes.genes
-        self.register_buffer("node_text", node_text, persistent=False)
-        self.register_buffer("has_text", has_text, persistent=False)
+        self.register_buffer("node_text", node_text[has_text], persistent=False)
+        self.register_buffer("with_text", has_text.nonzero()[:, 0], persistent=False)
         self.register_buffer("gene_node", gene_node, persistent=False)
         node_gene = torch.full((sizes.nodes,), -1)
         node_gene[gene_node[gene_node >= 0]] = torch.arange(genes)[gene_node >= 0]
@@ -156,8 +156,8 @@ class AdaPertNetwork(nn.Module):
     def _selector(self) -> ScoredSelector | AttentionSelector | EverySelector:
         if self.config.selector in ("gumbel_node", "sigmoid_threshold"):
             text = None
-            if self.text_to_query is not None and self.has_text.any():
-                text = self.text_to_query(self.node_text[self.has_text]).detach()
+            if self.text_to_query is not None and len(self.with_text):
+                text = self.text_to_query(self.node_text).detach()
             return ScoredSelector(self.config, text)
         if self.config.selector == "gat_attention":
             return AttentionSelector(self.graph, self.config.cut)
@@ -165,11 +165,11 @@ class AdaPertNetwork(nn.Module):
 
     def encode(self) -> Nodes:
         """What is known of the nodes; it depends on no perturbation."""
-        text = self._text(self.text_to_node, self.node_text, self.has_text, self.no_text[0])
+        text = self._node_text(self.text_to_node, self.no_text[0])
         h, attention = self.encoder(self.graph, text)
         asked = None
         if isinstance(self.selector, ScoredSelector) and self.selector.informed:
-            asked = self._text(self.text_to_query, self.node_text, self.has_text, self.no_text[1])
+            asked = self._node_text(self.text_to_query, self.no_text[1])
         return Nodes(h, asked, attention)
 
     def select(self, nodes: Nodes, p: Interventions, tau: float = 0.5, seed: int | None = None) -> Context:
@@ -217,6 +217,11 @@ class AdaPertNetwork(nn.Module):
             fall, rise = self.own_gene
             response = response + torch.where(direction < 0, -fall * control, rise) * self._own(p)[of]
         return response
+
+    def _node_text(self, projection: nn.Linear | None, missing: Tensor) -> Tensor:
+        """Text of the nodes, projected, [N, d]; `missing` [d] where a node has none."""
+        text = missing.expand(self.sizes.nodes, -1)
+        return text if projection is None else text.index_copy(0, self.with_text, projection(self.node_text))
 
     def _text(self, projection: nn.Linear | None, text: Tensor, has_text: Tensor, missing: Tensor) -> Tensor:
         if projection is None:
