@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from perturbcore.benches import graph
 from perturbcore.benches.case import Case
 
 CASES: tuple[Case, ...] = (*graph.CASES,)
+if find_spec("anndata"):  # a machine for kernels alone lacks what models need
+    from perturbcore.benches import adapert
+
+    CASES += adapert.CASES
 
 
 def select(patterns: Sequence[str]) -> list[Case]:

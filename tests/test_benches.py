@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from perturbcore.benches import main, run
+from perturbcore.benches import adapert, main, run
 from perturbcore.benches.case import Case, Part, Problem, Work
 from perturbcore.benches.measure import Timing, peak_bytes
 
@@ -94,3 +94,21 @@ def test_json_goes_to_stdout_and_a_failed_check_to_the_exit_code(capsys, monkeyp
     monkeypatch.setattr(run, "Limits", Limits)
     assert main(["--json", "--budget", "0"]) == 1
     assert json.loads(capsys.readouterr().out)["cases"][0]["rows"]["perturbcore"]["passed"] is False
+
+
+SMALL = adapert.Size(
+    nodes=200, edges=1500, with_text=150, text=16, genes=100, perturbed=16, batch=16, unseen=20, alone=3
+)
+
+
+def test_adapert_and_its_peer_take_the_same_step():
+    problem = adapert.build_step(SMALL)
+    ours, peer = problem.ours(), problem.peers[adapert.EAGER]()
+    assert run.error(ours, peer) < 1e-4
+    assert run.error(ours, problem.expected()) < 5e-3
+
+
+def test_adapert_and_its_peer_predict_the_same():
+    problem = adapert.build_predict(SMALL)
+    assert run.error(problem.ours(), problem.expected()) < 1e-5
+    assert run.error(problem.peers[adapert.ALONE](), problem.parts[adapert.ALONE].expected()) < 1e-5
