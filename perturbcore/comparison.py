@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +18,7 @@ import pandas as pd
 import torch
 
 from perturbcore.data import (
+    DataError,
     GeneEmbedding,
     KnowledgeGraph,
     MissingInput,
@@ -34,21 +32,19 @@ from perturbcore.data import (
 )
 from perturbcore.data.errors import suggest
 from perturbcore.metrics import METRICS, Scores, evaluate
+from perturbcore.metrics.align import align
 from perturbcore.metrics.verdict import HEADLINES
 from perturbcore.models import BASELINES, MODELS
 from perturbcore.models.base import Model
+from perturbcore.models.stored_knowledge import knowledge_digest
 from perturbcore.report import write as write_report
-from perturbcore.training import METRICS as EPOCHS
-from perturbcore.training import write_atomic
+from perturbcore.run_folder import claim, write_h5ad, write_json, write_scores
+from perturbcore.training import check_same, write_atomic
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "anndata", "numba")
-
-
-class OutputExists(ValueError):
-    """The folder to write into already holds something."""
 
 
 def compare(
@@ -75,14 +71,16 @@ def compare(
     title: str | None = None,
     job: str = "compare",
     command: str | None = None,
+    resume: bool = False,
 ) -> Scores:
     """Fit models and baselines to a screen, predict its held-out conditions, score them and write a run folder.
 
-    A model that lacks a required input is listed as skipped, with the reason, and does not stop the others.
+    A model that lacks a required input is listed as skipped, and one whose training or prediction fails as failed, with
+    the reason; neither stops the others.
 
     Args:
         source: h5ad or zarr file, AnnData, or a Screen; raw counts are normalised, log1p is left as it is.
-        out: folder to write; it must not exist or be empty.
+        out: folder to write; it must not exist or be empty, but for `resume`.
         models: names from `perturbcore.models.MODELS`, all by default; the baselines always run beside them.
         knowledge: knowledge graphs; models that take one graph take the first.
         embedding: a vector per gene.
@@ -98,18 +96,20 @@ def compare(
         title: heading of the report; the name of the file by default.
         job: "compare" or "demo".
         command: how it was started, for the manifest.
+        resume: go on with the interrupted run in `out`, where there is one; it ends as it would have without a break.
 
     Returns:
         The scores that stand in `scores.csv` and `per_perturbation.csv`.
 
     Raises:
-        OutputExists: `out` is not empty.
-        DataError: the screen, the split or the knowledge cannot be used.
+        OutputExists: `out` is not empty, or holds something else than a run to go on with.
+        RunError: the run in `out` has another configuration.
+        DataError: the screen, the split or the knowledge cannot be used, or no model could be scored.
         ValueError: an unknown model, preset or configuration field.
     """
     started = time.monotonic()
     out = Path(out)
-    claim(out)
+    interrupted = claim(out, resume=resume)
     kinds = {name: kind_of(name) for name in (MODELS if models is None else models)} | dict(BASELINES)
     for name in overrides or {}:
         if kind_of(name) not in kinds.values():
@@ -132,11 +132,22 @@ def compare(
     prepared = prepare(screen, split, n_genes)
     say(f"{prepared.num_genes:,} genes; {len(split.train)} conditions train, {len(split.test)} are held out")
 
+    configuration = {
+        "models": {name: dataclasses.asdict(model.config) for name, model in candidates.items()},
+        "seed": seed,
+        "screen": prepared.fingerprint[:16],
+        "split": split.hash[:16],
+        "graphs": [knowledge_digest(graph) for graph in graphs],
+        "embedding": knowledge_digest(embedding),
+    }
+    if interrupted is not None:
+        check_same(out, interrupted["configuration"], configuration)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "split.json", _split_json(split))
     manifest: dict[str, Any] = {
         "job": job,
         "status": "running",
+        "resumed": interrupted is not None,
+        "configuration": configuration,
         "command": command or "perturbcore.compare(...)",
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": version("perturbcore"),
@@ -153,15 +164,16 @@ def compare(
         "metrics": {m.name: {"description": m.description, "best": m.best, "level": m.level} for m in METRICS.values()},
         "models": {},
     }
-    _write_json(out / "manifest.json", manifest)
+    write_json(out / "manifest.json", manifest)
+    write_atomic(out / "split.json", _split_json(split))
 
     predicted: dict[str, AnnData] = {}
     for index, (label, model) in enumerate(candidates.items(), start=1):
-        card, result = _run_model(label, model, prepared, split, out, seed, progress)
+        card, result = _run_model(label, model, prepared, split, out, seed, progress, resume)
         manifest["models"][label] = card
-        _write_json(out / "manifest.json", manifest)
+        write_json(out / "manifest.json", manifest)
         if result is None:
-            say(f"[{index}/{len(candidates)}] {label}: skipped, {card['reason']}")
+            say(f"[{index}/{len(candidates)}] {label}: {card['status']}, {card['reason']}")
         else:
             predicted[label] = result
             say(f"[{index}/{len(candidates)}] {label}: fitted in {card['seconds_fit']:.1f} s")
@@ -176,32 +188,9 @@ def compare(
         "status": "complete",
         "seconds": round(time.monotonic() - started, 2),
     }
-    _write_json(out / "manifest.json", manifest)
+    write_json(out / "manifest.json", manifest)
     write_report(out)
     return scores
-
-
-def claim(out: Path, *, replace_job: str | None = None) -> None:
-    """Refuse an output folder that holds anything, unless it is an earlier run of `replace_job`, which is removed.
-
-    Raises OutputExists, saying what to do.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        resume = ", go on with it (perturbcore fit --resume)" if (out / EPOCHS).exists() else ""
-        held = "holds an interrupted fit" if resume else "is not empty"
-        raise OutputExists(f"{out} {held}. Choose another folder with --out{resume}, or remove it first.") from None
-    started = manifest.get("started", "")
-    if replace_job is not None and manifest.get("job") == replace_job:
-        shutil.rmtree(out)
-        return
-    raise OutputExists(
-        f"{out} already holds a run{f' of {started[:10]}' if started else ''}. "
-        "Choose another folder with --out, or remove it first."
-    )
 
 
 def kind_of(name: str) -> type[Model]:
@@ -232,7 +221,7 @@ def build(
 
 
 def _run_model(
-    name: str, model: Model, screen: Screen, split: Split, out: Path, seed: int, progress: bool
+    name: str, model: Model, screen: Screen, split: Split, out: Path, seed: int, progress: bool, resume: bool
 ) -> tuple[dict[str, Any], AnnData | None]:
     """Fit one model, predict the test conditions and write its files; return its manifest entry and its prediction."""
     trained = name in MODELS
@@ -240,13 +229,16 @@ def _run_model(
     card: dict[str, Any] = {"kind": "model" if trained else "baseline", "status": "fitted"}
     clock = time.monotonic()
     try:
-        model.fit(screen, split, seed=seed, run_dir=folder, progress=progress)
+        model.fit(screen, split, seed=seed, run_dir=folder, resume=resume, progress=progress)
+        fitted = time.monotonic()
+        predicted = model.predict(screen, split.test, seed=seed)
+        align(name, predicted, screen)
     except MissingInput as error:
         if getattr(model.config, "strict", False):
             raise
         return card | {"status": "skipped", "reason": str(error)}, None
-    fitted = time.monotonic()
-    predicted = model.predict(screen, split.test, seed=seed)
+    except (DataError, FloatingPointError, np.linalg.LinAlgError) as error:
+        return card | {"status": "failed", "reason": str(error)}, None
     card |= {"seconds_fit": round(fitted - clock, 2), "seconds_predict": round(time.monotonic() - fitted, 2)}
     card["notes"] = model.notes
     card["fallbacks"] = dict(predicted.uns.get("fallback", {}))
@@ -275,35 +267,6 @@ def outward_edges(selected: pd.DataFrame, graph: KnowledgeGraph | None) -> pd.Da
                 rows.append(pd.DataFrame({"perturbation": label} | ends))
     columns = ["perturbation", "source", "target"]
     return pd.concat(rows).drop_duplicates()[columns] if rows else pd.DataFrame(columns=columns)
-
-
-def write_scores(out: Path, scores: Scores) -> None:
-    """Write `scores.csv`, `per_perturbation.csv` and `deltas.npz` into a folder, each atomically."""
-    write_atomic(out / "scores.csv", scores.scores.to_csv(index=False).encode())
-    write_atomic(out / "per_perturbation.csv", scores.per_perturbation.to_csv(index=False).encode())
-    arrays: dict[str, Any] = {
-        "context": np.array([c.context for c in scores.conditions]),
-        "perturbation": np.array([str(c.perturbation) for c in scores.conditions]),
-        "gene": np.asarray(scores.genes, dtype=str),
-        "real": scores.deltas["real"].astype(np.float32),
-    } | {f"pred_{name}": scores.deltas[name].astype(np.float32) for name in scores.models}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomic(out / "deltas.npz", buffer.getvalue())
-
-
-def write_h5ad(path: Path, adata: AnnData) -> None:
-    """Write an AnnData, compressed, so that `path` never holds half of it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        adata.write_h5ad(partial, compression="gzip")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomic(path, (json.dumps(content, indent=1, default=str, ensure_ascii=False) + "\n").encode())
 
 
 def _split_json(split: Split) -> bytes:

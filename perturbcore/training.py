@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+VALIDATED = "val_conditions"  # in a record: over how many conditions its score is the mean
 
 
 class RunError(ValueError):
@@ -49,6 +50,7 @@ class Objective(Protocol):
     """What a model hands to the loop."""
 
     num_rows: int
+    num_validated: int  # conditions that `validate` scores
     metric: str  # name of what `validate` returns
 
     @property
@@ -108,7 +110,7 @@ def train(
         seed: batch order, dropout and gates follow from it.
         configuration: what a resumed run must share with the interrupted one (JSON values).
         run_dir: where `metrics.jsonl` and `checkpoint.safetensors` go; None writes nothing.
-        resume: go on from the checkpoint in `run_dir`, where there is one.
+        resume: go on from the checkpoint in `run_dir`, where there is one; the first is written before any step.
         progress: report on stderr.
         label: name of the run in its progress report.
         checkpoint_seconds: least time between two checkpoints; 0 writes one after every epoch.
@@ -122,28 +124,29 @@ def train(
     records: list[dict[str, Any]] = []
     folder = None if run_dir is None else Path(run_dir)
     configuration = {"seed": seed, **configuration}
+    fresh = folder is None or not (resume and (folder / CHECKPOINT).exists())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        if resume and (folder / CHECKPOINT).exists():
+        if not fresh:
             state, best = _restore(folder / CHECKPOINT, configuration, module, optimizer)
             records = [r for r in _read_records(folder / METRICS) if r["epoch"] <= state.epoch]
         elif not resume and any((folder / name).exists() for name in (CHECKPOINT, METRICS)):
             raise RunError(f"{folder} already holds a run: choose another folder, or resume it")
         write_atomic(folder / METRICS, "".join(json.dumps(r) + "\n" for r in records).encode())
 
-    def validate() -> float | None:
+    def scored() -> dict[str, Any]:
         module.eval()
         with torch.no_grad():
             score = objective.validate()
         if score is None:
-            return None
+            return {}
         if score > state.best_score:
             state.best_epoch, state.best_score, state.stale = state.epoch, score, 0
             for name, value in module.state_dict().items():
                 best[name].copy_(value)
         else:
             state.stale += 1
-        return score
+        return {objective.metric: score, VALIDATED: objective.num_validated}
 
     def record(entry: dict[str, Any]) -> None:
         records.append(entry)
@@ -152,17 +155,17 @@ def train(
                 file.write(json.dumps(entry) + "\n")
 
     started = saved = time.monotonic()
-    if state.epoch == 0:
-        score = validate()
-        record({"epoch": 0} | ({} if score is None else {objective.metric: score}))
+    if fresh:
+        record({"epoch": 0} | scored())
+        if folder is not None:
+            _checkpoint(folder / CHECKPOINT, configuration, module, best, optimizer, state)
 
     with _report(label, schedule.epochs, progress) as report:
         while state.epoch < schedule.epochs and not state.finished:
             state.epoch += 1
             entry = _epoch(objective, optimizer, schedule, state, seed)
             if state.epoch % schedule.validate_every == 0 or state.epoch == schedule.epochs:
-                score = validate()
-                entry |= {} if score is None else {objective.metric: score}
+                entry |= scored()
                 state.finished = state.stale >= schedule.patience
             record(entry)
             report(entry)

@@ -206,7 +206,7 @@ def test_resume_gives_the_bits_of_an_uninterrupted_run(small, data, tiny, tmp_pa
         fit(make(), data, run_dir=tmp_path)
     with pytest.raises(RunError, match=r"align was 1\.0, is 2\.0"):
         fit(make(align=2.0), data, run_dir=tmp_path, resume=True)
-    with pytest.raises(RunError, match="knowledge was"):
+    with pytest.raises(RunError, match="embedding was"):
         fit(AdaPert(graph=small.graph, **TINY), data, run_dir=tmp_path, resume=True)
     resumed = fit_to_the_end(make(), data, run_dir=tmp_path, resume=True)
     for (name, a), b in zip(tiny.network.state_dict().items(), resumed.network.state_dict().values(), strict=True):

@@ -185,6 +185,46 @@ def test_save_and_load_predict_the_same(screen, name, tmp_path):
         model.fit(screen, SEEN, progress=False, run_dir=tmp_path)
 
 
+def test_only_the_same_fit_is_resumed_and_only_a_fit(screen, tmp_path):
+    def resume(folder, embedding=VECTORS, split=SEEN, seed=0, **options):
+        model = BASELINES["ridge"](embedding=embedding, **options)
+        return model.fit(screen, split, run_dir=folder, seed=seed, resume=True, progress=False)
+
+    first = resume(tmp_path / "new")
+    again = resume(tmp_path / "new")
+    np.testing.assert_array_equal(first.predict(screen, ASKED).X, again.predict(screen, ASKED).X)
+    toy = GeneEmbedding("toy", VECTORS.genes, 2 * VECTORS.vectors)
+    graph = KnowledgeGraph("g", ["A", "B"], [0], [1])
+    for options, difference in (
+        ({"seed": 1}, "seed was 0, is 1$"),
+        ({"strict": True}, "config.strict was False, is True$"),
+        ({"embedding": toy}, r"embedding was 'toy \w{16}', is 'toy \w{16}'$"),
+        ({"graph": graph}, r"graph was None, is 'g \w{16}'$"),
+        ({"split": split([("x", A)], [("y", C)], [("x", D)])}, r"split was '\w{16}', is '\w{16}'$"),
+    ):
+        with pytest.raises(RunError, match=difference):
+            resume(tmp_path / "new", **options)
+    (tmp_path / "manifest.json").write_text("of something else")
+    with pytest.raises(RunError, match="no fit to go on with"):
+        resume(tmp_path)
+
+
+def test_a_direction_that_never_trained_is_a_fallback_of_all_that_learn(screen, capsys):
+    labels = screen.adata.obs["perturbation"].to_numpy()
+    options = {"perturbation_key": "perturbation", "control_label": "control", "context_key": "line"}
+    mixed = Screen(screen.adata, screen.scale, **options, direction=np.where(labels == "D", 1, -1))
+    missing = "activation was never trained on: what repression or knock-out does stands in"
+    for name, kind in BASELINES.items():
+        predicted = kind(embedding=VECTORS).fit(mixed, SEEN, progress=False).predict(mixed, ["x::A+B", "x::D"])
+        told = predicted.uns["fallback"].get("D", "")
+        assert told.endswith(missing) == (name != "control_mean")
+        assert "A+B" not in predicted.uns["fallback"]
+    assert missing in capsys.readouterr().err
+    strict = BASELINES["perturbation_mean"](strict=True).fit(mixed, SEEN, progress=False)
+    with pytest.raises(MissingInput, match=missing):
+        strict.predict(mixed, ["x::D"])
+
+
 @pytest.mark.parametrize("name", sorted(BASELINES))
 def test_test_responses_change_nothing(screen, name):
     other = screen.adata.copy()

@@ -186,6 +186,21 @@ def test_a_folder_that_holds_a_run_is_left_alone(run: Path, files: Files, capsys
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_an_error_of_the_system_is_told_without_its_number(
+    monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("perturbcore.training.os.fsync", full)
+    said = failure(capsys, ["fit", str(files.screen), "--model", "control_mean", "--out", str(tmp_path / "model")])
+    assert "[Errno" not in said
+    assert said.endswith("untouched: No space left on device")
+    assert failure(capsys, ["split", "write", str(files.screen), "--out", str(tmp_path / "no" / "s.json")]).endswith(
+        "s.json: No such file or directory"
+    )
+
+
 def test_internal_errors_say_so_and_show_the_traceback_on_request(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

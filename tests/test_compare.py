@@ -10,10 +10,14 @@ import pytest
 from simulated import Files, write_files
 
 import perturbcore as pc
-from perturbcore.comparison import OutputExists, claim, outward_edges
+import perturbcore.comparison
+import perturbcore.training
+from perturbcore.comparison import outward_edges
 from perturbcore.data import DataError, MissingInput
 from perturbcore.metrics import Scores
-from perturbcore.models import BASELINES
+from perturbcore.models import BASELINES, AdaPert
+from perturbcore.run_folder import OutputExists, claim
+from perturbcore.training import RunError
 
 QUICK = {"adapert": {"width": 8, "hidden": 16, "layers": 1}}
 
@@ -162,6 +166,93 @@ def test_strict_makes_a_missing_gene_an_error(files: Files, tmp_path: Path) -> N
             progress=False,
         )
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "running"
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise Interrupted
+
+
+@pytest.mark.parametrize("where", ["epoch", "scoring"])
+def test_an_interrupted_run_goes_on_and_ends_as_it_would_have(
+    files: Files, finished: tuple[Path, Scores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def compare(**options: object) -> Scores:
+        return pc.compare(
+            files.screen,
+            out=tmp_path / "run",
+            **{"knowledge": [files.graph], "embedding": files.embedding, "epochs": 2, "overrides": QUICK} | options,
+            progress=False,
+        )
+
+    target = {
+        "epoch": (perturbcore.training, "_epoch"),
+        "scoring": (perturbcore.comparison, "evaluate"),
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, interrupt)
+        with pytest.raises(Interrupted):
+            compare()
+    with pytest.raises(OutputExists, match=r"interrupted run of .*--resume"):
+        compare()
+    for options, difference in (
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"epochs": 3}, "models.adapert.epochs was 2, is 3"),
+        ({"embedding": None}, r"embedding was 'embedding.npz \w{16}', is None"),
+        ({"knowledge": []}, r"graphs was \['graph.csv \w{16}'\], is \[\]"),
+        ({"models": [], "overrides": {}}, r"models.adapert was .*, is None"),
+        ({"split": "gears_simulation"}, r"screen was '\w{16}', is '\w{16}'; split was '\w{16}', is '\w{16}'"),
+    ):
+        with pytest.raises(RunError, match=difference):
+            compare(resume=True, **options)
+    resumed = compare(resume=True)
+    pd.testing.assert_frame_equal(resumed.scores, finished[1].scores)
+    for file in ("deltas.npz", "split.json", "models/adapert/metrics.jsonl", "models/adapert/model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (finished[0] / file).read_bytes(), file
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["resumed"] is True
+
+
+def test_only_a_run_of_compare_is_resumed(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExists, match="no run of compare to go on with"):
+        pc.compare(files.screen, out=tmp_path, resume=True, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "predicted", "reason"),
+    [(1e30, None, "the loss is nan"), (1e-3, 50.0, "values reach 5")],
+)
+def test_a_model_that_diverges_is_listed_as_failed_and_the_others_stand(
+    files: Files,
+    finished: tuple[Path, Scores],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    learning_rate: float,
+    predicted: float | None,
+    reason: str,
+) -> None:
+    if predicted is not None:
+        monkeypatch.setattr(AdaPert, "respond", lambda self, query: np.full_like(query.control.numpy(), predicted))
+    scores = pc.compare(
+        files.screen,
+        out=tmp_path / "run",
+        knowledge=[files.graph],
+        embedding=files.embedding,
+        epochs=1,
+        overrides={"adapert": QUICK["adapert"] | {"learning_rate": learning_rate}},
+        progress=False,
+    )
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["models"]["adapert"]["status"] == "failed"
+    assert reason in manifest["models"]["adapert"]["reason"]
+    whole = finished[1].scores
+    assert scores.scores.equals(whole[whole["model"] != "adapert"].reset_index(drop=True))
+    assert "AdaPert failed: " in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "run" / "pred_adapert.h5ad").exists()
 
 
 def test_nothing_is_written_when_the_request_is_wrong(files: Files, tmp_path: Path) -> None:

@@ -77,6 +77,15 @@ def test_only_the_predicted_contexts_get_controls(screen: Screen) -> None:
     assert set(with_controls(pred, screen).obs["cell_line"]) == {"line1"}
 
 
+def test_control_cells_that_were_predicted_are_not_appended_again(screen: Screen) -> None:
+    control, treated = Condition("line1", Perturbation()), Condition("line2", screen.conditions[0].perturbation)
+    pred = predictions(screen, [(c, np.ones((3, 40), np.float32)) for c in (control, treated)], model="m")
+    joined = with_controls(pred, screen)
+    is_control = joined.obs["perturbation"] == "control"
+    assert joined.obs[is_control]["cell_line"].value_counts().to_dict() == {"line1": 3, "line2": 8}
+    assert with_controls(joined, screen).n_obs == joined.n_obs
+
+
 def test_unusable_predictions_are_refused(screen: Screen) -> None:
     condition = screen.conditions[0]
     with pytest.raises(DataError, match=r"shape \(2, 3\), not \[n, 40\]"):

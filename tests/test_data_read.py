@@ -80,7 +80,8 @@ def test_missing_and_misspelt_columns_are_refused() -> None:
     adata = screen()
     adata.obs.columns = ["what"]
     assert "Pass perturbation=" in refusal(adata)
-    assert "there are what" in refusal(adata)
+    assert "It has what." in refusal(adata)
+    assert "It has no column at all." in refusal(AnnData(X=adata.X))
     assert "Did you mean 'perturbation'?" in refusal(screen(), perturbation="pertubation")
     assert "Likely: cell_type" in refusal(screen(cell_type=["k"] * 12), context="tissue of it")
     assert "no batch column 'lane'" in refusal(screen(), batch="lane")

@@ -55,8 +55,9 @@ def make_run(folder: Path) -> Path:
     pd.DataFrame([("JAK2", "JAK2", "STAT1")], columns=["perturbation", "source", "target"]).to_csv(
         adapert / "subgraph_edges.csv", index=False
     )
-    records = [{"epoch": 0, "val_pearson_delta": 0.1}] + [
-        {"epoch": e, "loss": 1 / e, "val_pearson_delta": v} for e, v in ((1, 0.3), (2, 0.5), (3, 0.4))
+    records = [{"epoch": 0, "val_pearson_delta": 0.1, "val_conditions": 3}] + [
+        {"epoch": e, "loss": 1 / e, "val_pearson_delta": v, "val_conditions": 3}
+        for e, v in ((1, 0.3), (2, 0.5), (3, 0.4))
     ]
     (adapert / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     done = {"status": "fitted", "seconds_fit": 1.0, "seconds_predict": 0.1, "fallbacks": {}, "notes": {}}
@@ -70,6 +71,7 @@ def make_run(folder: Path) -> Path:
         "status": "complete",
         "command": "perturbcore compare screen.h5ad",
         "started": "2026-01-02T03:04:05+00:00",
+        "resumed": False,
         "seconds": 12.0,
         "version": "0.1.0",
         "versions": {"python": "3.11"},
@@ -227,7 +229,7 @@ def test_perturbations_come_by_falling_effect(run: Path) -> None:
 
 def test_training_curve_marks_the_epoch_that_was_kept(run: Path) -> None:
     text = Page(render(Run.read(run))).text
-    assert "3 epochs. The weights of epoch 2 were kept" in text
+    assert "3 epochs. The weights of epoch 2 were kept: the best on 3 validation conditions. So few choose" in text
     assert "epoch 2 kept" in text
 
 

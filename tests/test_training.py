@@ -24,6 +24,7 @@ class Regression:
         generator = torch.Generator().manual_seed(0)
         self.x, self.w = torch.randn(10, 3, generator=generator), torch.tensor([1.0, -2.0, 0.5])
         self.num_rows, self.scores, self.interrupt_at, self.validations = 10, scores, interrupt_at, 0
+        self.num_validated = 4
         with torch.random.fork_rng():
             torch.manual_seed(1)
             self.module = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 1))
@@ -120,6 +121,25 @@ def test_resume_with_another_configuration_names_the_difference(tmp_path):
     fit(Regression(), tmp_path)
     with pytest.raises(RunError, match=r"width was 8, is 16"):
         train(Regression(), SCHEDULE, seed=3, configuration={"width": 16}, run_dir=tmp_path, resume=True)
+
+
+def test_a_run_killed_before_its_first_step_already_has_its_configuration(tmp_path):
+    scores = [0.4] + [0.5] * 6
+    with pytest.raises(KeyboardInterrupt):
+        fit(Regression(scores, interrupt_at=0), tmp_path)
+    with pytest.raises(RunError, match=r"width was 8, is 16"):
+        train(Regression(), SCHEDULE, seed=3, configuration={"width": 16}, run_dir=tmp_path, resume=True)
+    (tmp_path / METRICS).unlink()
+    resumed = Regression(scores)
+    resumed.validations = 1
+    assert [r["epoch"] for r in fit(resumed, tmp_path, resume=True).records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_records_say_on_how_many_conditions_a_score_rests(tmp_path):
+    schedule = Schedule(epochs=4, batch_size=4, validate_every=2)
+    history = train(Regression([0.1] * 3), schedule, seed=0, configuration={}, progress=False)
+    assert [r.get("val_conditions") for r in history.records] == [4, None, 4, None, 4]
+    assert all("val_conditions" not in r for r in fit(Regression()).records)
 
 
 def test_folder_that_holds_a_run_is_refused(tmp_path):

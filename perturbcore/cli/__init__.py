@@ -74,11 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # Refusals meant for the user are ValueErrors and OSErrors; anything else is a fault of ours, and says so.
         if isinstance(error, (ValueError, OSError, FloatingPointError)):
-            print(f"error: {_one_line(str(error)) or type(error).__name__}", file=sys.stderr)
+            print(f"error: {_one_line(_words(error)) or type(error).__name__}", file=sys.stderr)
         else:
             print(f"internal error: {type(error).__name__}: {_one_line(str(error))}", file=sys.stderr)
             print("Set PERTURBCORE_DEBUG=1 to see where, and please report it.", file=sys.stderr)
         return 1
+
+
+def _words(error: Exception) -> str:
+    """What an error says, without the number of an OSError."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def _one_line(said: str) -> str:

@@ -39,8 +39,9 @@ def fit(
 
     Example: perturbcore fit screen.h5ad --model adapert --knowledge string.csv.gz --out models/first
     """
-    from perturbcore.comparison import build, claim, kind_of
+    from perturbcore.comparison import build, kind_of
     from perturbcore.data import GeneEmbedding, KnowledgeGraph, make_split, prepare, read
+    from perturbcore.run_folder import claim
 
     changes = options.overrides(set_)
     if other := set(changes) - {model}:
@@ -82,9 +83,9 @@ def predict(
 
     Example: perturbcore predict models/first screen.h5ad --perturbations JAK2,STAT1+IRF1 --out jak2.h5ad
     """
-    from perturbcore.comparison import write_h5ad
     from perturbcore.data import read, with_controls
     from perturbcore.models import load
+    from perturbcore.run_folder import write_h5ad
 
     asked = options.names(perturbations)
     if not asked:
@@ -139,9 +140,9 @@ def evaluate(
     """
     import anndata
 
-    from perturbcore.comparison import claim, write_scores
     from perturbcore.data import DataError, make_split, read
     from perturbcore.metrics import evaluate as score
+    from perturbcore.run_folder import claim, write_scores
 
     if out is not None:
         claim(out)

@@ -47,6 +47,7 @@ def compare(
     epochs: options.Epochs = None,
     strict: options.Strict = False,
     set_: options.Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in DIR.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Fit models and baselines to your screen, predict perturbations they never saw, and report how well.
@@ -79,6 +80,7 @@ def compare(
         overrides=options.overrides(set_),
         progress=not as_json,
         command=_command(),
+        resume=resume,
     )
     _print_scores(scores, out, as_json)
 
@@ -94,9 +96,9 @@ def demo(
     Simulates a knock-out and activation screen in two cell lines, then does what `compare` does. A demo that was
     written to the same folder before is replaced.
     """
-    from perturbcore.comparison import claim
     from perturbcore.comparison import compare as run
     from perturbcore.data import simulate
+    from perturbcore.run_folder import claim
 
     claim(out, replace_job="demo")
     simulation = simulate(seed=seed)
@@ -128,24 +130,24 @@ def _command() -> str:
 
 def _print_scores(scores: Scores, out: Path, as_json: bool) -> None:
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    skipped = {name: m["reason"] for name, m in manifest["models"].items() if m["status"] == "skipped"}
+    missing: dict[str, dict[str, str]] = {"skipped": {}, "failed": {}}
+    for name, model in manifest["models"].items():
+        if model["status"] in missing:
+            missing[model["status"]][name] = model["reason"]
     if as_json:
         rows = json.loads(scores.scores.to_json(orient="records"))
-        print(json.dumps({"out": str(out), "report": str(out / "report.html"), "scores": rows, "skipped": skipped}))
-        return
+        print(json.dumps({"out": str(out), "report": str(out / "report.html"), "scores": rows} | missing))
+        raise typer.Exit(bool(missing["failed"]))
     table = scores.table()
     columns = [name for name in COLUMNS if name in table]
     width = max(map(len, table.index)) + 2
     print("\n" + " " * width + "  ".join(f"{COLUMNS[name]:>14}" for name in columns))
     for model, row in table[columns].iterrows():
         print(f"{model:<{width}}" + "  ".join(f"{value:>14.3f}" if value == value else f"{'-':>14}" for value in row))
-    for name, reason in skipped.items():
-        print(f"{name:<{width}}skipped: {reason}")
-    for name, model in manifest["models"].items():
-        if model["kind"] == "model" and name not in skipped:
-            print(
-                "\n  ".join(
-                    [f"\n{name}", *manifest["verdict"][name]["against"], *manifest["verdict"][name]["collapse"]]
-                )
-            )
+    for status, reasons in missing.items():
+        for name, reason in reasons.items():
+            print(f"{name:<{width}}{status}: {reason}")
+    for name, verdict in manifest["verdict"].items():
+        print("\n  ".join([f"\n{name}", *verdict["against"], *verdict["collapse"]]))
     print(f"\nReport: {out / 'report.html'}")
+    raise typer.Exit(bool(missing["failed"]))

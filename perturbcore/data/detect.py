@@ -122,8 +122,12 @@ def _present(adata: AnnData, key: str, what: str, usual: Iterable[str]) -> str:
         return key
     near = suggest(key, map(str, adata.obs.columns))
     likely = _usual(adata, usual)
-    hint = near or (f" Likely: {listed(likely)}." if likely else f" It has {listed([*adata.obs.columns], 12)}.")
+    hint = near or (f" Likely: {listed(likely)}." if likely else f" {_all_columns(adata)}.")
     raise DataError(f"obs has no {what} column {key!r}.{hint}")
+
+
+def _all_columns(adata: AnnData) -> str:
+    return f"It has {listed([*adata.obs.columns], 12)}" if len(adata.obs.columns) else "It has no column at all"
 
 
 def _usual(adata: AnnData, names: Iterable[str]) -> list[str]:
@@ -143,7 +147,7 @@ def _only(adata: AnnData, keys: list[str], what: str) -> str:
     """Return the first of the columns if all of them group the cells alike; refuse otherwise."""
     if not keys:
         raise DataError(
-            f"No obs column has a usual name for the {what}; there are {listed([*adata.obs.columns], 12)}. "
+            f"No obs column has a usual name for the {what}. {_all_columns(adata)}. "
             f"Pass {what}= with the column's name."
         )
     first = pd.factorize(adata.obs[keys[0]])[0]

@@ -14,7 +14,7 @@ from anndata import AnnData
 from perturbcore.data.errors import DataError
 from perturbcore.data.perturbation import Condition
 from perturbcore.data.scale import declared_scale
-from perturbcore.data.screen import Screen
+from perturbcore.data.screen import WHOLE, Screen
 
 
 def shift_cells(control_cells: np.ndarray, mean: np.ndarray, delta: np.ndarray) -> np.ndarray:
@@ -71,7 +71,8 @@ def predictions(
 def with_controls(pred: AnnData, screen: Screen) -> AnnData:
     """Append the measured control cells of the predicted contexts, which cell-eval and `read` require.
 
-    Raises DataError if genes or scale of prediction and screen differ.
+    A context whose control cells the prediction holds already keeps those. Raises DataError if genes or scale of
+    prediction and screen differ.
     """
     if not np.array_equal(pred.var_names, screen.genes):
         raise DataError("Prediction and screen have different genes, or the same in another order.")
@@ -79,8 +80,12 @@ def with_controls(pred: AnnData, screen: Screen) -> AnnData:
     if declared is None or declared[0] != screen.scale:
         scale = "of unknown scale" if declared is None else declared[0]
         raise DataError(f"The prediction is {scale}, the screen {screen.scale}; compare them on one scale.")
-    contexts = sorted(set(pred.obs[screen.context_key].astype(str))) if screen.context_key else screen.contexts
-    rows = np.concatenate([screen.controls(context) for context in contexts])
+    context = pred.obs[screen.context_key].astype(str) if screen.context_key else pd.Series(WHOLE, pred.obs.index)
+    is_control = pred.obs[screen.perturbation_key].astype(str) == screen.control_label
+    bare = sorted(set(context) - set(context[is_control]))
+    if not bare:
+        return pred
+    rows = np.concatenate([screen.controls(name) for name in bare])
     keys = [key for key in (screen.perturbation_key, screen.context_key) if key]
     control = AnnData(
         X=screen.dense(rows),

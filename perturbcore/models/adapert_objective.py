@@ -64,6 +64,7 @@ class AdaPertObjective:
         model.notes["open shells"] = model.open_shells
 
         self.val = list(split.val)
+        self.num_validated = len(self.val)
         if self.val:
             control = np.stack([screen.control_mean(c.context) for c in self.val])
             direction = np.array([screen.direction[screen.cells(c)[0]] for c in self.val])

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import sys
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,14 +32,16 @@ from perturbcore.data import (
     shift_cells,
 )
 from perturbcore.data.errors import listed, suggest
+from perturbcore.models.sampling import sample_controls
 from perturbcore.models.stored_knowledge import knowledge_digest, load_knowledge, save_knowledge
-from perturbcore.training import METRICS, RunError, check_same, load_tensors, save_tensors, write_atomic
+from perturbcore.training import CHECKPOINT, METRICS, RunError, check_same, load_tensors, save_tensors, write_atomic
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from typing_extensions import Self
 
-MAX_CELLS = 256  # cells predicted for a condition, unless the caller asks for another number
+FILES = {"config.json", "model.safetensors", "knowledge.safetensors", METRICS, CHECKPOINT}
+INTERVENTION = {1: "activation", -1: "repression or knock-out"}
 
 
 class Shift(NamedTuple):
@@ -57,10 +58,12 @@ class Training:
     genes: tuple[str, ...]
     scale: str
     direction: dict[str, int]  # context -> direction of most of its perturbations
+    directions: tuple[int, ...]  # of any training perturbation
     seed: int
     data: str  # fingerprint of the screen
     split: str  # hash of the split
-    knowledge: str  # digest of graph and embedding
+    graph: str | None  # name and hash
+    embedding: str | None  # name and hash
 
 
 class Model(ABC):
@@ -79,6 +82,7 @@ class Model(ABC):
     name: ClassVar[str]
     Config: ClassVar[type]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "paper": {}}
+    learns: ClassVar[bool] = True  # whether any response it predicts comes from training
 
     def __init__(
         self,
@@ -152,7 +156,7 @@ class Model(ABC):
             MissingInput: the model needs a graph or an embedding and has none.
             DataError: the screen still holds counts, the split has no training conditions, or graph or embedding name
                 genes in another way than the screen.
-            RunError: `run_dir` already holds a run, or one with another configuration.
+            RunError: `run_dir` already holds a run; or, to be resumed, one with another configuration, or other files.
         """
         if screen.scale.kind != "log1p":
             raise DataError(
@@ -162,16 +166,22 @@ class Model(ABC):
             raise DataError(f"split {split.name!r} has no training conditions")
         check_knowledge(screen, [] if self.graph is None else [self.graph], self.embedding)
         folder = None if run_dir is None else Path(run_dir)
-        if folder is not None and not resume and any((folder / name).exists() for name in ("config.json", METRICS)):
-            raise RunError(f"{folder} already holds a run: choose another folder, or resume it")
+        if folder is not None and folder.exists():
+            begun = not FILES.isdisjoint(path.name.removesuffix(".partial") for path in folder.iterdir())
+            if begun and not resume:
+                raise RunError(f"{folder} already holds a run: choose another folder, or resume it")
+            if resume and not begun and any(folder.iterdir()):
+                raise RunError(f"{folder} holds no fit to go on with, but other files: choose another folder")
         self.training = Training(
             genes=tuple(screen.genes.tolist()),
             scale=str(screen.scale),
             direction=_directions(screen, split.train),
+            directions=tuple(sorted({int(screen.direction[screen.cells(c)[0]]) for c in split.train})),
             seed=seed,
             data=screen.fingerprint,
             split=split.hash,
-            knowledge=knowledge_digest(self.graph, self.embedding),
+            graph=knowledge_digest(self.graph),
+            embedding=knowledge_digest(self.embedding),
         )
         if folder is not None and resume and (folder / "config.json").exists():
             written = read_config(folder)
@@ -221,7 +231,7 @@ class Model(ABC):
             print(f"{self.name} falls back for {count}, such as {example}", file=sys.stderr)
         blocks, fallback = [], []
         for condition, delta, why in zip(conditions, shift.delta, shift.fallback, strict=True):
-            sample = cells.dense(_sample_controls(cells, condition, n_cells, seed))
+            sample = cells.dense(sample_controls(cells, condition, n_cells, seed))
             drawn = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
             blocks.append((condition, shift_cells(sample, drawn, mean[condition.context] + delta - drawn)))
             fallback += [why] * len(sample)
@@ -238,7 +248,18 @@ class Model(ABC):
     def _shift_of(self, cells: Screen, conditions: Sequence[Condition]) -> tuple[dict[str, np.ndarray], Shift]:
         mean = {context: cells.control_mean(context) for context in sorted({c.context for c in conditions})}
         direction = np.array([self._direction(cells, c) for c in conditions], np.int8)
-        return mean, self._shift(conditions, np.stack([mean[c.context] for c in conditions]), direction)
+        shift = self._shift(conditions, np.stack([mean[c.context] for c in conditions]), direction)
+        fallback = [
+            ", ".join(filter(None, (why, self._unseen_direction(int(sign)))))
+            for why, sign in zip(shift.fallback, direction, strict=True)
+        ]
+        return mean, Shift(shift.delta, fallback)
+
+    def _unseen_direction(self, direction: int) -> str:
+        assert self.training is not None
+        if not self.learns or direction in self.training.directions:
+            return ""
+        return f"{INTERVENTION[direction]} was never trained on: what {INTERVENTION[-direction]} does stands in"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `model.safetensors`, `knowledge.safetensors`, `config.json` and `manifest.json` into a folder."""
@@ -279,8 +300,9 @@ class Model(ABC):
             raise RunError(f"{folder} holds a fitted {config['model']}, not {cls.name}")
         graph, embedding = load_knowledge(folder / "knowledge.safetensors")
         model = cls(graph=graph, embedding=embedding, preset=config["preset"], **config["config"])
-        training = config["training"]
-        model.training = Training(**{**training, "genes": tuple(training["genes"])})
+        training: dict[str, Any] = config["training"]
+        lists = {name: tuple(training[name]) for name in ("genes", "directions")}
+        model.training = Training(**(training | lists))
         model._restore(load_tensors(folder / "model.safetensors")[0], config["state"])
         return model
 
@@ -350,8 +372,9 @@ def parse(
 
 
 def _configuration(model: str, config: dict[str, Any], training: Training) -> dict[str, Any]:
-    same = ("seed", "data", "split", "knowledge")
-    return {"model": model, "config": config} | {name: getattr(training, name) for name in same}
+    hashes = {"screen": training.data[:16], "split": training.split[:16]}
+    knowledge = {"graph": training.graph, "embedding": training.embedding}
+    return {"model": model, "config": config, "seed": training.seed} | hashes | knowledge
 
 
 def _directions(screen: Screen, conditions: Sequence[Condition]) -> dict[str, int]:
@@ -359,25 +382,3 @@ def _directions(screen: Screen, conditions: Sequence[Condition]) -> dict[str, in
     for condition in conditions:
         votes[condition.context] = votes.get(condition.context, 0) + int(screen.direction[screen.cells(condition)[0]])
     return {context: 1 if vote > 0 else -1 for context, vote in votes.items()}
-
-
-def _sample_controls(cells: Screen, condition: Condition, n_cells: int | None, seed: int) -> np.ndarray:
-    """Draw control rows, each from the batch of one of the condition's own cells where there are any."""
-    controls = cells.controls(condition.context)
-    own = cells.cells(condition) if condition in cells.conditions else controls
-    count = min(len(own), MAX_CELLS) if n_cells is None else n_cells
-    if count < 1:
-        raise DataError(f"n_cells is {count}: ask for at least one cell")
-    random = np.random.default_rng([seed, zlib.crc32(str(condition).encode())])
-    batches = cells.batch_code[_draw(own, count, random)]
-    chosen = []
-    for batch in np.unique(batches):
-        pool = controls[cells.batch_code[controls] == batch]
-        chosen.append(_draw(pool if len(pool) else controls, int((batches == batch).sum()), random))
-    return np.concatenate(chosen)
-
-
-def _draw(rows: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """Draw rows, each as often as any other but once."""
-    whole, rest = divmod(count, len(rows))
-    return np.concatenate([np.tile(rows, whole), np.sort(random.choice(rows, rest, replace=False))])

@@ -82,6 +82,7 @@ class ControlMean(Baseline):
     """Nothing responds."""
 
     name = "control_mean"
+    learns = False
 
     def _shift(self, conditions: Sequence[Condition], control: np.ndarray, direction: np.ndarray) -> Shift:
         return Shift(np.zeros_like(control), [""] * len(conditions))

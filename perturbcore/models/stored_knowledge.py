@@ -1,4 +1,4 @@
-"""The knowledge beside a fitted model: graph and embedding as one safetensors file, and what they are told apart by."""
+"""The knowledge beside a fitted model: graph and embedding as one safetensors file, and what tells them apart."""
 
 from __future__ import annotations
 
@@ -38,13 +38,18 @@ def load_knowledge(path: Path) -> tuple[KnowledgeGraph | None, GeneEmbedding | N
     return graph, embedding
 
 
-def knowledge_digest(graph: KnowledgeGraph | None, embedding: GeneEmbedding | None) -> str:
-    """Return a sha256 of all that a model can learn from graph and embedding, their names included."""
-    tensors, names = _tensors_and_names(graph, embedding)
+def knowledge_digest(knowledge: KnowledgeGraph | GeneEmbedding | None) -> str | None:
+    """Return the name of a graph or embedding, with a hash of all that a model can learn from it."""
+    if knowledge is None:
+        return None
+    if isinstance(knowledge, KnowledgeGraph):
+        tensors, names = _tensors_and_names(knowledge, None)
+    else:
+        tensors, names = _tensors_and_names(None, knowledge)
     content = hashlib.sha256(json.dumps(names).encode())
     for name in sorted(tensors):
         content.update(tensors[name].numpy().tobytes())
-    return content.hexdigest()
+    return f"{knowledge.name} {content.hexdigest()[:16]}"
 
 
 def _tensors_and_names(

@@ -13,6 +13,8 @@ from perturbcore.report.folder import Deltas, Run
 from perturbcore.report.svg import number
 from perturbcore.report.words import LEADERBOARD, NAMES, count
 
+VALIDATED = "val_conditions"  # column of metrics.jsonl: over how many conditions the score is the mean
+FEW_CONDITIONS = 10  # a mean over fewer moves more by chance than from epoch to epoch
 MOST_PERTURBATIONS = 60  # drawn; a larger page than this is neither read nor mailed
 MOST_SUBGRAPHS = 40
 MOST_PER_COLUMN = 14
@@ -88,8 +90,8 @@ def _why_no_subgraph(run: Run) -> str:
     adapert = run.manifest["models"].get("adapert")
     if adapert is None:
         return "AdaPert was not part of this run."
-    if adapert["status"] == "skipped":
-        return f"AdaPert was skipped: {adapert['reason']}"
+    if adapert["status"] != "fitted":
+        return f"AdaPert {'was skipped' if adapert['status'] == 'skipped' else 'failed'}: {adapert['reason']}"
     return "AdaPert kept no gene for the test perturbations."
 
 
@@ -151,13 +153,18 @@ def _title(metric: str) -> str:
 def _curves(run: Run, name: str, curve: pd.DataFrame) -> dict[str, Any]:
     """The record of epoch 0, before any step, holds nothing but the validation score: so it names the metric."""
     title, epochs = NAMES.get(name, name), curve["epoch"].to_numpy(float)
-    metric = next((c for c in curve.columns if c not in ("epoch", "loss") and pd.notna(curve[c].iloc[0])), None)
+    others = ("epoch", "loss", VALIDATED)
+    metric = next((c for c in curve.columns if c not in others and pd.notna(curve[c].iloc[0])), None)
     series = {"loss": "Training loss"} | ({metric: f"Validation {_title(metric)}"} if metric else {})
     words, best = f"{count(int(epochs.max()), 'epoch')}.", None
     if metric is not None:
         best = float(epochs[int(np.nanargmax(curve[metric].to_numpy(float)))])
-        words += f" The weights of epoch {best:.0f} were kept: the best on validation perturbations."
-        words += " Test perturbations played no part."
+        judged = int(curve[VALIDATED].iloc[0]) if VALIDATED in curve else None
+        on = "validation conditions" if judged is None else count(judged, "validation condition")
+        words += f" The weights of epoch {best:.0f} were kept: the best on {on}."
+        if judged is not None and judged < FEW_CONDITIONS:
+            words += " So few choose an epoch by little more than chance."
+        words += " Test conditions played no part."
     figures = []
     for column, caption in series.items():
         if column in curve and curve[column].notna().any():

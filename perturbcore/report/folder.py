@@ -58,7 +58,7 @@ class Run:
         except ValueError as error:
             raise ReportError(f"{path}/manifest.json is not valid JSON ({error}).") from None
         if manifest.get("status") != "complete":
-            raise ReportError(f"The run in {path} did not finish; delete the folder and run compare again.")
+            raise ReportError(f"The run in {path} did not finish; go on with it (perturbcore compare, --resume).")
         subgraph, edges = (path / "models" / "adapert" / name for name in ("subgraph.csv", "subgraph_edges.csv"))
         return cls(
             path=path,

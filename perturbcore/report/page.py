@@ -186,8 +186,9 @@ def _skipped(run: Run) -> list[str]:
     lines, tested = [_typeset(note) for note in run.manifest["notes"]], run.manifest["split"]["tested"]
     for name, model in run.manifest["models"].items():
         title = NAMES.get(name, name)
-        if model["status"] == "skipped":
-            lines.append(f"{title} was skipped: {model['reason']}")
+        if model["status"] != "fitted":
+            was = "was skipped" if model["status"] == "skipped" else "failed"
+            lines.append(f"{title} {was}: {model['reason']}")
             continue
         if fallbacks := model["fallbacks"]:
             (label, why), *others = fallbacks.items()
@@ -220,6 +221,6 @@ def _method(run: Run) -> list[tuple[str, Any]]:
         ("Machine", m["machine"]),
         ("Preset", m["preset"]),
         ("Seed", m["seed"]),
-        ("Time", seconds),
+        ("Time", f"{seconds} since it was resumed" if m["resumed"] else seconds),
         *models,
     ]
