@@ -182,8 +182,9 @@ def gated_pool(
     ``a`` [N, k], ``q`` [B, k], ``w`` and ``bias`` [k], ``h`` [N, D]; ``candidates`` is None for all nodes, or CSR (ptr
     [B + 1], idx [nnz]) of the nodes that each query may choose. Returns pooled [B, D], gate and score [B, N] or [nnz],
     all differentiable. float32 or float64. Works on one more array of the size of score, with candidates on two, and in
-    the backward pass on their order by node (int64); gate and noise are made again there. On a GPU a candidate that is
-    no node is not refused, as that would wait for the device: NaN is its score, and what is pooled for its query.
+    the backward pass on their order by node (int64); gate and noise are made again there. A GPU also works on ``a``
+    transposed and, in the backward pass, on sums of the size of ``q`` for every 128 nodes; it does not refuse a
+    candidate that is no node, as that would wait for the device: NaN is its score, and what is pooled for its query.
     Source: the selection of AdaPert (arXiv 2602.18885, section 3.3), factorised.
     """
     _choose("pool", pool, ("sqrt", "sum", "mean"))

@@ -22,7 +22,7 @@ from perturbcore.kernels.graph.structure import check_shape
 TILE = {"BLOCK_P": 16, "BLOCK_V": 64}  # queries × nodes
 PAIRS = {"BLOCK_E": 64, "BLOCK_K": 32}  # pairs × hidden, or entries of a list × features
 SUMS = {"BLOCK_R": 32, "BLOCK_K": 64}  # rows × hidden
-CHUNK = 256  # rows whose sum one program makes
+CHUNK = 128  # rows whose sum one program makes
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _leaky(pre, slope):
 
 @triton.jit
 def _dense_score_kernel(
-    a,  # [N, k]
+    a,  # [k, N]: transposed, so that a tile's nodes stand side by side
     q,  # [B, k]
     w,  # [k]
     score,  # [B, N]
@@ -49,8 +49,10 @@ def _dense_score_kernel(
     v = program % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
     slope = tl.full((), negative_slope, a.dtype.element_ty)
     total = tl.zeros((BLOCK_P, BLOCK_V), a.dtype.element_ty)
+    column = a + v
     for k in range(hidden):
-        a_k = tl.load(a + v * hidden + k, mask=v < nodes, other=0.0)
+        a_k = tl.load(column, mask=v < nodes, other=0.0)
+        column += nodes
         q_k = tl.load(q + p * hidden + k, mask=p < queries, other=0.0)
         total += tl.load(w + k) * _leaky(a_k[None, :] + q_k[:, None], slope)
     mask = (p < queries)[:, None] & (v < nodes)[None, :]
@@ -172,7 +174,7 @@ def _dense_score(a: Tensor, q: Tensor, w: Tensor, slope: float) -> Tensor:
     score = a.new_empty(queries, nodes)
     if score.numel():
         grid = (triton.cdiv(queries, TILE["BLOCK_P"]) * triton.cdiv(nodes, TILE["BLOCK_V"]),)
-        _dense_score_kernel[grid](a, q, w, score, queries, nodes, hidden, slope, **TILE, num_warps=4)
+        _dense_score_kernel[grid](a.mT.contiguous(), q, w, score, queries, nodes, hidden, slope, **TILE, num_warps=4)
     return score
 
 
@@ -225,7 +227,8 @@ def gated_pool(
     pool: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``reference.gated_pool``; needs one more array of the size of the score, and the candidates' queries."""
+    """See ``reference.gated_pool``; needs one more array of the size of the score, and over all nodes ``a`` transposed,
+    with candidates their queries."""
     _check(a, q, w, h, ptr, idx)
     a, q, w, h = (t.contiguous() for t in (a, q, w, h))
     ptr, idx, row = _lists(ptr, idx)

@@ -25,7 +25,7 @@ WEIGHTS = {"BLOCK_E": 16, "BLOCK_D": 32, "num_warps": 2}  # edges × features of
 BLOCK_ENTRIES = 256
 NOWHERE = 2**31 - 1  # place of a node that a query does not list
 
-FIXED = ("nodes", "edges", "queries", "entries")  # numbers of which no special case is worth a compilation
+FIXED = ("nodes", "edges", "queries", "entries", "rows")  # numbers of which no special case is worth a compilation
 
 
 @triton.jit

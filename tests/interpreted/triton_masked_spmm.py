@@ -132,7 +132,7 @@ def test_a_corrupt_structure_is_neither_read_nor_written_through(lists, monkeypa
     monkeypatch.setattr(torch, "full", guarded_full)
     ptr, idx = lists if lists[0] is None else map(torch.as_tensor, lists)
     anything = torch.tensor([7, -1, 2**31 - 1, -(2**31), 0], dtype=torch.int32)
-    col, perm = anything.repeat(9), anything.flip(0).repeat(9)
+    col, perm = anything.repeat(9), anything.repeat_interleave(9)
     broken = torch.tensor([-(2**31), 45, 2**31 - 1, 46, -5, 45, 3, 2**31 - 1], dtype=torch.int32)
     of = (3, 7) if ptr is None else (9,)
     weight, x, mask, grad = torch.ones(45), torch.ones(*of, 3), torch.ones(of), torch.ones(*of, 3)
