@@ -133,18 +133,47 @@ def test_same_seed_same_bits(small, data, tiny):
         assert torch.equal(a, b), name
 
 
-def test_test_responses_do_not_reach_training(small, data, tiny):
-    screen, split = data
+def with_test_cells_shuffled(screen, split):
+    """The screen with the expression of its test cells permuted and doubled."""
     shuffled = screen.adata.copy()
     rows = np.concatenate([screen.cells(c) for c in split.test])
-    shuffled.X[rows] = shuffled.X[np.random.default_rng(0).permutation(rows)] * 2
-    other = Screen(
+    x = shuffled.X.toarray()
+    x[rows] = x[np.random.default_rng(0).permutation(rows)] * 2
+    shuffled.X = x
+    return Screen(
         shuffled, screen.scale, perturbation_key="perturbation", control_label="control", context_key="cell_line",
         direction=screen.direction,
     )  # fmt: skip
+
+
+def test_test_responses_do_not_reach_training(small, data, tiny):
+    screen, split = data
+    other = with_test_cells_shuffled(screen, split)
     again = fit_to_the_end(AdaPert(graph=small.graph, embedding=small.embedding, **TINY), (other, split))
     for (name, a), b in zip(tiny.network.state_dict().items(), again.network.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_test_responses_reach_no_choice_label_or_mean(small, data):
+    split = data[1]
+    screens = [prepare(s, split, n_genes=40) for s in (small.screen, with_test_cells_shuffled(small.screen, split))]
+    models = [AdaPert(graph=small.graph, embedding=small.embedding, **TINY) for _ in screens]
+    objectives = []
+    for model, screen in zip(models, screens, strict=True):
+        model._build(small.graph.nodes.tolist(), screen.genes.tolist(), seed=0)
+        objectives.append(AdaPertObjective(model, screen, split, seed=0))
+    one, other = objectives
+    assert screens[0].genes.tolist() == screens[1].genes.tolist()
+    assert str(screens[0].scale) == str(screens[1].scale)
+    for name in ("deg", "aligned", "aligned_delta"):
+        for a, b in zip(getattr(one, name), getattr(other, name), strict=True):
+            assert torch.equal(a, b), name
+    assert len(one.deg[1]) > 20
+    assert torch.equal(one.spread, other.spread)
+    assert one.unit == other.unit
+    for (name, a), b in zip(models[0]._tensors().items(), models[1]._tensors().values(), strict=True):
+        assert torch.equal(a, b), name  # among them the mean response, the linear one and the gains
+    assert not np.allclose(*(screen.deltas(split.test) for screen in screens))
 
 
 def test_unseen_perturbations_get_their_own_finite_predictions(tiny, data):
