@@ -3,7 +3,9 @@
 A query's nodes are numbered by position: by the node itself where the mask covers all nodes, else by where the node
 stands in the query's list, looked up in a table of one number per node. Every result belongs to one node of one query,
 which sums over its edges by destination and by source: no two tasks write to one place, so bits do not depend on how
-the work is divided. Only edges of listed nodes are looked at, and only those to selected ones cost arithmetic.
+the work is divided. Of a few nodes at a time the edges to selected nodes are listed, without a branch that nobody could
+foretell, and only these cost arithmetic. A hub may have more outgoing edges than a list has nodes: the backward pass
+of a listed query finds its edges by destination and turns them round.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ from numba import prange
 from torch import Tensor
 
 from perturbcore.kernels.common.numba_cpu import inner, kernel, run
-from perturbcore.kernels.graph.structure import check_csr, check_index, check_shape, masked_spmm_shapes, refuse_repeats
+from perturbcore.kernels.graph.checks_numba_cpu import check_csr, check_index
+from perturbcore.kernels.graph.rows_numba_cpu import sum_rows
+from perturbcore.kernels.graph.structure import check_shape, masked_spmm_shapes, refuse_repeats
 
 TASKS = 32  # at least so many, for two or three queries to keep all threads busy
 PARTS = 16  # of the nodes, where the queries are summed over
+ROWS = 64  # nodes of a query whose edges are listed at a time
 
 
 @inner
@@ -33,33 +38,81 @@ def _repeat(ptr, idx, nodes):
 
 
 @inner
-def _enter(position, nodes, enter):
-    """Write where each listed node stands into the table, or take it out again."""
+def _enter(position, nodes):
+    """Write where each listed node stands into the table."""
     for r in range(nodes.size):
-        position[nodes[r]] = r if enter else -1
+        position[nodes[r]] = r
 
 
 @inner
-def _gather(start, end, neighbour, weight, position, listed, mask, x, hit, share, out):
-    """out = Σ over the edges to selected neighbours of weight · mask · x."""
-    out[:] = 0
-    found = 0
-    for e in range(start, end):
-        r = position[neighbour[e]] if listed else neighbour[e]
-        if r < 0 or mask[r] == 0:
+def _leave(position, nodes):
+    """Take the nodes out of the table again."""
+    for node in nodes:
+        position[node] = -1
+
+
+@inner
+def _list_edges(first, last, rowptr, col, perm, permuted, weight, nodes, listed, position, mask, every):
+    """List the edges between the nodes at ``first`` to before ``last`` of a query and those that it selects.
+
+    Returns where those of each node begin, the positions at their other ends, and weight · mask there. Nodes of mask 0
+    have none, unless ``every`` node is wanted.
+    """
+    size = 0
+    for r in range(first, last):
+        i = nodes[r] if listed else r
+        size += rowptr[i + 1] - rowptr[i]
+    start = np.empty(last - first + 1, np.int64)
+    other, edge, found = np.empty(size + 1, np.int32), np.empty(size + 1, np.int32), np.uint64(0)
+    for r in range(first, last):
+        start[r - first] = found
+        if mask[r] == 0 and not every:
             continue
-        hit[found], share[found] = r, weight[e] * mask[r]
-        found += 1
-        if found == 4:
-            x0, x1, x2, x3 = x[hit[0]], x[hit[1]], x[hit[2]], x[hit[3]]
-            s0, s1, s2, s3 = share[0], share[1], share[2], share[3]
-            for d in range(out.size):
-                out[d] += s0 * x0[d] + s1 * x1[d] + s2 * x2[d] + s3 * x3[d]
-            found = 0
+        i = nodes[r] if listed else r
+        for e in range(np.uint64(rowptr[i]), np.uint64(rowptr[i + 1])):
+            s = position[np.uint32(col[e])] if listed else col[e]
+            other[found], edge[found] = s, e  # to be written over if this is none: a branch would often be mispredicted
+            found += np.uint64((s >= 0) & (mask[s] != 0))
+    start[last - first] = found
+    share = np.empty(found, weight.dtype)
     for k in range(found):
-        x0, s0 = x[hit[k]], share[k]
-        for d in range(out.size):
-            out[d] += s0 * x0[d]
+        share[k] = weight[perm[edge[k]] if permuted else edge[k]] * mask[other[k]]
+    return start, other, share
+
+
+@inner
+def _compress(row, other, edge, weight, mask, rows):
+    """Compress the edges to selected nodes by row: where each row begins, the other ends, and weight · mask there."""
+    start = np.zeros(rows + 2, np.int64)
+    for k in range(row.size):
+        start[row[k] + 2] += mask[other[k]] != 0
+    for r in range(rows):
+        start[r + 2] += start[r + 1]
+    end, share = np.empty(start[rows + 1], np.int32), np.empty(start[rows + 1], weight.dtype)
+    for k in range(row.size):
+        if mask[other[k]] != 0:
+            place = start[row[k] + 1]
+            end[place], share[place] = other[k], weight[edge[k]] * mask[other[k]]
+            start[row[k] + 1] += 1
+    return start[: rows + 1], end, share
+
+
+@inner
+def _induced(rowptr, col, weight, nodes, position, mask):
+    """Return the edges among the listed nodes of a query, compressed by destination and by source."""
+    size = 0
+    for node in nodes:
+        size += rowptr[node + 1] - rowptr[node]
+    source, target, edge = (np.empty(size + 1, np.int32), np.empty(size + 1, np.int32), np.empty(size + 1, np.int32))
+    found = np.uint64(0)
+    for r in range(nodes.size):
+        for e in range(np.uint64(rowptr[nodes[r]]), np.uint64(rowptr[nodes[r] + 1])):
+            s = position[np.uint32(col[e])]
+            source[found], target[found], edge[found] = s, r, e
+            found += np.uint64(s >= 0)
+    source, target = source[:found], target[:found]
+    by_target = _compress(target, source, edge, weight, mask, nodes.size)
+    return by_target, _compress(source, target, edge, weight, mask, nodes.size)
 
 
 @kernel
@@ -74,22 +127,23 @@ def _masked_spmm(rowptr, col, weight, ptr, idx, listed, mask, x, shared, y):
         own_x = x if shared else x[first:last]
         position = np.full(rowptr.size - 1 if listed else 0, -1, np.int32)
         nodes = idx[first:last] if listed else idx
-        _enter(position, nodes, True)
-        hit, share = np.empty(4, np.int64), np.empty(4, x.dtype)
-        for r in range(m.size * part // parts, m.size * (part + 1) // parts):
-            yr = own_y[r]
-            if m[r] == 0:
-                yr[:] = 0
-                continue
-            i = nodes[r] if listed else r
-            _gather(rowptr[i], rowptr[i + 1], col, weight, position, listed, m, own_x, hit, share, yr)
-            for d in range(yr.size):
-                yr[d] *= m[r]
+        _enter(position, nodes)
+        high = m.size * (part + 1) // parts
+        for begin in range(m.size * part // parts, high, ROWS):
+            end = min(begin + ROWS, high)
+            start, other, share = _list_edges(
+                begin, end, rowptr, col, col, False, weight, nodes, listed, position, m, False
+            )
+            sum_rows(0, end - begin, start, other, share, own_x, False, own_y[begin:end])
+            for r in range(begin, end):
+                yr = own_y[r]
+                for d in range(yr.size):
+                    yr[d] *= m[r]
 
 
 @kernel
 def _masked_spmm_backward(
-    rowptr, col, weight, t_rowptr, t_col, t_weight, ptr, idx, listed, mask, x, shared,
+    rowptr, col, weight, t_rowptr, t_col, t_perm, ptr, idx, listed, mask, x, shared,
     grad, need_mask, grad_x, grad_mask,
 ):  # fmt: skip
     """Per node, v = Σ over edges by source of w · mask · grad, and u = Σ over edges by destination of w · mask · x.
@@ -103,30 +157,44 @@ def _masked_spmm_backward(
     for task in prange(groups * parts):
         group, part = np.int64(task) // parts, np.int64(task) % parts
         position = np.full(rowptr.size - 1 if listed else 0, -1, np.int32)
-        hit, share = np.empty(4, np.int64), np.empty(4, x.dtype)
-        u, v = np.empty(x.shape[1], x.dtype), np.empty(x.shape[1], x.dtype)
+        u, v = np.empty((ROWS, x.shape[1]), x.dtype), np.empty((ROWS, x.shape[1]), x.dtype)
         for query in range(group * (queries // groups), (group + 1) * (queries // groups)):
             first, last = ptr[query], ptr[query + 1]
             m, g, grad_m = mask[first:last], grad[first:last], grad_mask[first:last]
             own_x, grad_own_x = (x, grad_x) if shared else (x[first:last], grad_x[first:last])
             nodes = idx[first:last] if listed else idx
-            _enter(position, nodes, True)
-            for r in range(m.size * part // parts, m.size * (part + 1) // parts):
-                gxr, xr, gr = grad_own_x[r], own_x[r], g[r]
-                if query == 0 or not shared:
-                    gxr[:] = 0
-                if m[r] == 0 and not need_mask:
+            _enter(position, nodes)
+            into, out_of = _induced(rowptr, col, weight, nodes, position, m)  # of no nodes, unless they are listed
+            high = m.size * (part + 1) // parts
+            for begin in range(m.size * part // parts, high, ROWS):
+                end = min(begin + ROWS, high)
+                if listed:
+                    start, other, share = out_of[0][begin : end + 1], out_of[1], out_of[2]
+                else:
+                    start, other, share = _list_edges(
+                        begin, end, t_rowptr, t_col, t_perm, True, weight, nodes, listed, position, m, need_mask
+                    )
+                sum_rows(0, end - begin, start, other, share, g, False, v)
+                for r in range(begin, end):
+                    gxr, vr = grad_own_x[r], v[r - begin]
+                    if query == 0 or not shared:
+                        gxr[:] = 0
+                    if m[r] != 0:
+                        for d in range(vr.size):
+                            gxr[d] += m[r] * vr[d]
+                if not need_mask:
                     continue
-                i = nodes[r] if listed else r
-                _gather(t_rowptr[i], t_rowptr[i + 1], t_col, t_weight, position, listed, m, g, hit, share, v)
-                if m[r] != 0:
-                    for d in range(v.size):
-                        gxr[d] += m[r] * v[d]
-                if need_mask:
-                    _gather(rowptr[i], rowptr[i + 1], col, weight, position, listed, m, own_x, hit, share, u)
-                    total = x.dtype.type(0)
-                    for d in range(v.size):
-                        total += gr[d] * u[d] + xr[d] * v[d]
+                if listed:
+                    start, other, share = into[0][begin : end + 1], into[1], into[2]
+                else:
+                    start, other, share = _list_edges(
+                        begin, end, rowptr, col, col, False, weight, nodes, listed, position, m, True
+                    )
+                sum_rows(0, end - begin, start, other, share, own_x, False, u)
+                for r in range(begin, end):
+                    gr, xr, ur, vr, total = g[r], own_x[r], u[r - begin], v[r - begin], x.dtype.type(0)
+                    for d in range(vr.size):
+                        total += gr[d] * ur[d] + xr[d] * vr[d]
                     grad_m[r] = total
 
 
@@ -143,7 +211,7 @@ def _masked_sddmm(rowptr, col, ptr, idx, listed, mask, x, shared, grad, grad_wei
             m, g = mask[first:last], grad[first:last]
             own_x = x if shared else x[first:last]
             nodes = idx[first:last] if listed else idx
-            _enter(position, nodes, True)
+            _enter(position, nodes)
             for r in range(0 if listed else low, m.size if listed else high):
                 i = nodes[r] if listed else r
                 if i < low or i >= high or m[r] == 0:
@@ -157,7 +225,7 @@ def _masked_sddmm(rowptr, col, ptr, idx, listed, mask, x, shared, grad, grad_wei
                     for d in range(gr.size):
                         product += gr[d] * xs[d]
                     grad_weight[e] += m[r] * m[s] * product
-            _enter(position, nodes, False)
+            _leave(position, nodes)
 
 
 def masked_spmm(
@@ -172,7 +240,7 @@ def masked_spmm(
     ptr: Tensor | None,
     idx: Tensor | None,
 ) -> Tensor:
-    """See ``reference.masked_spmm``; needs one integer per node and task beside its result."""
+    """See ``reference.masked_spmm``; needs one integer per node and task, and the edges of a few nodes."""
     nodes = rowptr.numel() - 1
     check_csr(rowptr, col, nodes, ("rowptr", "col"))
     masked_spmm_shapes(nodes, col, weight, x, mask, idx)
@@ -199,7 +267,7 @@ def masked_spmm_backward(
     need_x: bool,
     need_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``reference.masked_spmm_backward``; needs one integer per node and task, and the weights by source."""
+    """See ``reference.masked_spmm_backward``; needs what the forward pass does, and two rows of some nodes."""
     nodes = rowptr.numel() - 1
     check_csr(rowptr, col, nodes, ("rowptr", "col"))
     check_csr(t_rowptr, t_col, nodes, ("t_rowptr", "t_col"))
@@ -212,12 +280,11 @@ def masked_spmm_backward(
     (flat, shared), pulled = _rows_of(x, mask), _rows(grad)
     grad_weight, grad_x, grad_mask = (x.new_empty(0) for _ in range(3))
     if need_x or need_mask:
-        t_weight = weight.index_select(0, t_perm)
         grad_x = x.new_empty(x.shape) if mask.shape[0] else x.new_zeros(x.shape)  # without queries nothing writes it
         grad_mask = mask.new_empty(mask.shape if need_mask else 0)
         run(
             _masked_spmm_backward,
-            *(rowptr, col, weight, t_rowptr, t_col, t_weight, *queries, values, flat, shared),
+            *(rowptr, col, weight, t_rowptr, t_col, t_perm, *queries, values, flat, shared),
             *(pulled, need_mask, _rows(grad_x), grad_mask.view(-1)),
         )
     if need_weight and given:
