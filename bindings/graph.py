@@ -82,8 +82,8 @@ def masked_spmm(
     nodes that are not listed have mask 0, and all else grows with what is listed, not with B · N. ``weight`` [E] in the
     order of ``graph.col``; None means the graph's own weight, else 1. A node of mask 0 sends and receives nothing, yet
     its mask has the gradient of the formula. float32 or float64; differentiable in ``x``, ``mask`` and ``weight``.
-    Keeps nothing beside its inputs; works on one integer per node and task (on a GPU, with candidates, per node and
-    query, and per candidate), and in the backward pass on the weights by source (on a GPU, one integer per edge). On a
+    Keeps nothing beside its inputs; works on one integer per node and task, and on edges of one query per task (on a
+    GPU, with candidates, one integer per node and query, and per candidate; in the backward pass one per edge). On a
     GPU a candidate that is no node, or a node listed before, is not refused, as that would wait for the device: it
     sends nothing, and NaN is its result and its gradient. Source: the re-encoding of the selected subgraph of AdaPert
     (arXiv 2602.18885).

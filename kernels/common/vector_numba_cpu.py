@@ -39,10 +39,10 @@ def _zeros(size: int, partial: bool = False) -> Any:
     """Make the function that returns a vector of zeros, of so many bytes, for the values of an array."""
 
     @intrinsic
-    def zeros(typingctx, array):  # type: ignore[no-untyped-def]
+    def zeros(typingctx, array):
         vector = Vector(array.dtype, size, partial)
 
-        def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, arguments):
             return ir.Constant(context.get_value_type(vector), [0.0] * vector.lanes)
 
         return vector(array), codegen
@@ -78,10 +78,10 @@ def _spread(builder: Any, value: Any, lanes: int) -> Any:
 
 
 @intrinsic
-def load(typingctx, like, array, row, at):  # type: ignore[no-untyped-def]
+def load(typingctx, like, array, row, at):
     """Return ``array[row, at:]`` of a C-contiguous array [rows, features], as far as a vector ``like`` this reaches."""
 
-    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, arguments):
         form, align = context.get_value_type(like), array.dtype.bitwidth // 8
         pointer, left = _address(context, builder, signature.args[1:], arguments[1:], form)
         if not like.partial:
@@ -96,10 +96,10 @@ def load(typingctx, like, array, row, at):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store(typingctx, vector, array, row, at):  # type: ignore[no-untyped-def]
+def store(typingctx, vector, array, row, at):
     """Write a vector to ``array[row, at:]``, as far as the row reaches."""
 
-    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, arguments):
         value, align = arguments[0], array.dtype.bitwidth // 8
         pointer, left = _address(context, builder, signature.args[1:], arguments[1:], value.type)
         if vector.partial:
@@ -116,10 +116,10 @@ def store(typingctx, vector, array, row, at):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def add_scaled(typingctx, total, scale, vector):  # type: ignore[no-untyped-def]
+def add_scaled(typingctx, total, scale, vector):
     """Return total + scale · vector."""
 
-    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, arguments):
         total, scale, vector = arguments
         scale = _spread(builder, scale, vector.type.count)
         return builder.fadd(total, builder.fmul(scale, vector, flags=FLAGS), flags=FLAGS)
@@ -128,20 +128,20 @@ def add_scaled(typingctx, total, scale, vector):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def add(typingctx, one, other):  # type: ignore[no-untyped-def]
+def add(typingctx, one, other):
     """Return the sum of two vectors."""
 
-    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, arguments):
         return builder.fadd(*arguments, flags=FLAGS)
 
     return one(one, other), codegen
 
 
 @intrinsic
-def dot(typingctx, one, other):  # type: ignore[no-untyped-def]
+def dot(typingctx, one, other):
     """Return the inner product of two vectors."""
 
-    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, arguments):
         product = builder.fmul(*arguments, flags=FLAGS)
         number = product.type.element
         name = f"llvm.vector.reduce.fadd.v{one.lanes}f{one.dtype.bitwidth}"
@@ -152,10 +152,10 @@ def dot(typingctx, one, other):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def lanes(typingctx, vector):  # type: ignore[no-untyped-def]
+def lanes(typingctx, vector):
     """Return how many values a vector has."""
 
-    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, arguments):
         return WORD(vector.lanes)
 
     return types.int64(vector), codegen
