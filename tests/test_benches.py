@@ -81,7 +81,7 @@ def test_peak_memory_sees_what_is_freed_before_the_call_ends():
 
 def test_list_and_unknown_names(capsys):
     assert main(["--list", "--case", "gatv2"]) == 0
-    assert capsys.readouterr().out.count("\n") == 2
+    assert capsys.readouterr().out.count("\n") == 3
     with pytest.raises(SystemExit) as stop:
         main(["--case", "nonsense"])
     assert stop.value.code == 2
