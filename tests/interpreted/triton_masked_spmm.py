@@ -35,13 +35,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("nodes", "edges", "features", "queries", "own"), CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_all_nodes(nodes, edges, features, queries, own, dtype):
+@pytest.mark.parametrize(("kind", "dtype"), zip(("soft", "hard"), DTYPES, strict=True))
+def test_all_nodes(nodes, edges, features, queries, own, kind, dtype):
     graph = random_graph(nodes, edges)
     x, weight = normals(((queries,) if own else ()) + (nodes, features), (edges,))
-    for kind in ("soft", "hard"):
-        inputs = x, masks(kind, queries, nodes), weight
-        agrees_with_the_reference(functools.partial(ops.masked_spmm, graph), inputs, dtype)
+    inputs = x, masks(kind, queries, nodes), weight
+    agrees_with_the_reference(functools.partial(ops.masked_spmm, graph), inputs, dtype)
 
 
 @pytest.mark.parametrize(
