@@ -295,4 +295,4 @@ def test_unseen_context_is_predicted_from_its_controls(tmp_path: Path) -> None:
     assert {c.context for c in scores.conditions} == {"line2"}
     assert scores.get("perturbation_mean", "pearson_delta")["mean"] > 0.1
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "having seen only its controls" in text
+    assert "in line2: of that context they had seen only the control cells." in text

@@ -176,6 +176,30 @@ def test_summary_says_what_the_model_does_not_beat(run: Path) -> None:
     assert re.search(r"Perturbation mean ahead \+0.310", text)
 
 
+@pytest.mark.parametrize(
+    ("split", "held_out"),
+    [
+        (
+            "unseen_perturbation",
+            "the response to 4 perturbations in K562, each with a gene never perturbed in training.",
+        ),
+        ("gears_simulation", "the response to 4 perturbations in K562, none seen in training: those of genes"),
+        ("combo_seen0", "the response to 4 doubles in K562, neither gene of which was perturbed in training."),
+        ("combo_seen1", "the response to 4 doubles in K562, one gene of which was perturbed"),
+        ("combo_seen2", "the response to 4 doubles in K562, never seen together, but each gene"),
+        ("unseen_context", "4 perturbations in K562: of that context they had seen only the control cells."),
+        ("few_shot_context", "4 perturbations in K562: of that context they had seen control cells and a few"),
+        ("by hand", "4 perturbations in K562, which the split “by hand” holds out."),
+    ],
+)
+def test_the_first_sentence_says_what_was_held_out(run: Path, split: str, held_out: str) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["split"]["name"] = split
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    sentence = f"AdaPert and two baselines learned from 8 perturbations and predicted {held_out}"
+    assert sentence in Page(render(Run.read(run))).text
+
+
 def test_summary_says_when_every_baseline_is_beaten(run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     for pair in manifest["paired"]:

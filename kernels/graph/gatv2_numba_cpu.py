@@ -4,6 +4,9 @@ An edge's score, its attention and its share of the result need the same two row
 waits for: they are fetched two edges ahead. The gradients of the scores entering a node sum to zero, so the gradient of
 ``v`` needs only those of the positive side, times 1 − slope. leaky_relu is homogeneous, leaky_relu(r) = r · slope(r),
 so the gradient of ``att`` follows from the sums of score gradient × slope that those of ``u`` and ``v`` need anyway.
+
+The factor 1 − slope is applied afterwards: a product of three in a kernel may be grouped one way by the compiler and
+another way in the copy that it caches, and the first run on a machine would not have the bits of the second.
 """
 
 from __future__ import annotations
@@ -97,9 +100,9 @@ def _attention(rowptr, col, u, v, att, lse, slope, attention):
 
 @kernel
 def _backward_by_destination(rowptr, col, u, v, att, slope, y, lse, grad, attention, grad_score, grad_v, grad_att):
-    """Attention and gradient of the score per edge and head, the gradient of ``v``, and its part in that of ``att``."""
+    """Attention, gradient of the score, and over 1 − slope: the gradient of ``v`` and its part in that of ``att``."""
     _, heads, channels = u.shape
-    zero, bend = u.dtype.type(0), u.dtype.type(1) - slope
+    zero = u.dtype.type(0)
     for part in prange(PARTS):
         total, aside = np.empty((heads, channels), u.dtype), np.empty((heads, channels), u.dtype)
         centre = np.empty(heads, u.dtype)
@@ -132,8 +135,8 @@ def _backward_by_destination(rowptr, col, u, v, att, slope, y, lse, grad, attent
             for h in range(heads):
                 vi, a, t, gvi, ga = v[i, h], att[h], aside[h], grad_v[i, h], grad_att[part, h]
                 for c in range(channels):
-                    gvi[c] = bend * a[c] * t[c]
-                    ga[c] += bend * vi[c] * t[c]
+                    gvi[c] = a[c] * t[c]
+                    ga[c] += vi[c] * t[c]
 
 
 @kernel
@@ -229,6 +232,8 @@ def gatv2_backward(
     slope = scalar(negative_slope, u)
     by_destination = (u, v, att, slope, y, lse, grad, attention, grad_score, grad_v, grad_att)
     run(_backward_by_destination, rowptr, col, *by_destination)
+    grad_v *= 1 - negative_slope
+    grad_att *= 1 - negative_slope
     run(_backward_by_source, t_rowptr, t_col, t_perm, u, v, att, slope, grad, attention, grad_score, grad_u, grad_att)
     return grad_u, grad_v, grad_att.sum(0)
 

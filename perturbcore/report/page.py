@@ -14,7 +14,17 @@ from perturbcore.report import figures
 from perturbcore.report.folder import Run
 from perturbcore.report.panels import interval, panels, table
 from perturbcore.report.svg import number
-from perturbcore.report.words import AS_SUBJECT, COLLAPSE, LEADERBOARD, NAMES, SECTIONS, count, listing, spelled
+from perturbcore.report.words import (
+    AS_SUBJECT,
+    COLLAPSE,
+    HELD_OUT,
+    LEADERBOARD,
+    NAMES,
+    SECTIONS,
+    count,
+    listing,
+    spelled,
+)
 
 
 def write(folder: str | Path) -> Path:
@@ -69,11 +79,10 @@ def _lede(run: Run) -> str:
     who = who[0].upper() + who[1:]
     learned, tested = count(split["learned"], "perturbation"), count(split["tested"], "perturbation")
     where = "" if contexts == ["all"] else f" in {listing(contexts)}"
-    if split["name"] == "unseen_perturbation":
-        return f"{who} learned from {learned} and predicted the response to {tested} never seen in training{where}."
-    if split["name"] == "unseen_context":
-        return f"{who} learned from {learned} elsewhere and predicted {tested}{where}, having seen only its controls."
-    return f"{who} learned from {learned} and predicted {tested} that the split “{split['name']}” holds out{where}."
+    words = HELD_OUT.get(split["name"], "{tested}{where}, which the split “{name}” holds out")
+    doubles = count(split["tested"], "double")
+    held_out = words.format(tested=tested, doubles=doubles, where=where, name=split["name"])
+    return f"{who} learned from {learned} and predicted {held_out}."
 
 
 def _tiles(run: Run) -> list[dict[str, str]]:

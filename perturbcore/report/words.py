@@ -34,6 +34,17 @@ AS_SUBJECT = {
     "ridge": "ridge",
 }
 
+HELD_OUT = {  # what the conditions tested under a split have in common
+    "unseen_perturbation": "the response to {tested}{where}, each with a gene never perturbed in training",
+    "gears_simulation": "the response to {tested}{where}, none seen in training: those of genes never perturbed there, "
+    "and combinations of genes that were",
+    "combo_seen0": "the response to {doubles}{where}, neither gene of which was perturbed in training",
+    "combo_seen1": "the response to {doubles}{where}, one gene of which was perturbed in training, the other not",
+    "combo_seen2": "the response to {doubles}{where}, never seen together, but each gene with another or alone",
+    "unseen_context": "{tested}{where}: of that context they had seen only the control cells",
+    "few_shot_context": "{tested}{where}: of that context they had seen control cells and a few other perturbations",
+}
+
 SECTIONS = [
     ("summary", "Summary"),
     ("scores", "Scores"),
