@@ -49,8 +49,8 @@ def test_shifted_cells_by_hand() -> None:
 
 def test_predictions_carry_names_labels_and_scale(screen: Screen, tmp_path: Path) -> None:
     known, new = screen.conditions[0], Condition("line2", Perturbation(("NEW", "ALSO")))
-    blocks = [(c, np.full((n, screen.num_genes), n, np.float32)) for c, n in ((known, 2), (new, 3))]
-    pred = predictions(screen, blocks, model="mine", extra_uns={"note": "x"})
+    x = np.repeat(np.array([2, 2, 3, 3, 3], np.float32)[:, None], screen.num_genes, axis=1)
+    pred = predictions(screen, [(known, 2), (new, 3)], x, model="mine", extra_uns={"note": "x"})
     assert list(pred.var_names) == list(screen.genes)
     assert "batch_key" in screen.adata.uns["perturbcore"]
     assert "batch_key" not in pred.uns["perturbcore"]
@@ -73,13 +73,13 @@ def test_predictions_carry_names_labels_and_scale(screen: Screen, tmp_path: Path
 
 
 def test_only_the_predicted_contexts_get_controls(screen: Screen) -> None:
-    pred = predictions(screen, [(screen.conditions[0], np.ones((2, 40), np.float32))], model="m")
+    pred = predictions(screen, [(screen.conditions[0], 2)], np.ones((2, 40), np.float32), model="m")
     assert set(with_controls(pred, screen).obs["cell_line"]) == {"line1"}
 
 
 def test_control_cells_that_were_predicted_are_not_appended_again(screen: Screen) -> None:
     control, treated = Condition("line1", Perturbation()), Condition("line2", screen.conditions[0].perturbation)
-    pred = predictions(screen, [(c, np.ones((3, 40), np.float32)) for c in (control, treated)], model="m")
+    pred = predictions(screen, [(control, 3), (treated, 3)], np.ones((6, 40), np.float32), model="m")
     joined = with_controls(pred, screen)
     is_control = joined.obs["perturbation"] == "control"
     assert joined.obs[is_control]["cell_line"].value_counts().to_dict() == {"line1": 3, "line2": 8}
@@ -87,14 +87,17 @@ def test_control_cells_that_were_predicted_are_not_appended_again(screen: Screen
 
 
 def test_unusable_predictions_are_refused(screen: Screen) -> None:
-    condition = screen.conditions[0]
-    with pytest.raises(DataError, match=r"shape \(2, 3\), not \[n, 40\]"):
-        predictions(screen, [(condition, np.ones((2, 3)))], model="m")
-    with pytest.raises(DataError, match="non-finite"):
-        predictions(screen, [(condition, np.full((2, 40), np.nan))], model="m")
+    first, second, *_ = screen.conditions
+    x = np.ones((5, 40), np.float32)
+    for wrong in (x[:, :3], x[:4]):
+        with pytest.raises(DataError, match=r"not \[5, 40\]"):
+            predictions(screen, [(first, 2), (second, 3)], wrong, model="m")
+    x[2, 7] = np.nan
+    with pytest.raises(DataError, match=f"{second} by 'm' hold non-finite"):
+        predictions(screen, [(first, 2), (second, 3)], x, model="m")
     with pytest.raises(DataError, match="predicted nothing"):
-        predictions(screen, [], model="m")
-    pred = predictions(screen, [(condition, np.ones((2, 40)))], model="m")
+        predictions(screen, [], np.empty((0, 40), np.float32), model="m")
+    pred = predictions(screen, [(first, 2)], x[:2], model="m")
     with pytest.raises(DataError, match="different genes"):
         with_controls(pred[:, ::-1].copy(), screen)
     with pytest.raises(DataError, match="on one scale"):

@@ -31,37 +31,42 @@ def shift_cells(control_cells: np.ndarray, mean: np.ndarray, delta: np.ndarray) 
     ratio = np.divide(delta, mean, out=np.zeros_like(mean), where=mean > 0)
     scale = np.clip(1 + ratio, 0, 2)
     rest = np.maximum(np.maximum(mean + delta, 0) - scale * mean, 0)  # negative only by rounding
-    return (control_cells * scale + rest).astype(np.float32)
+    shifted = control_cells * scale
+    shifted += rest
+    return shifted.astype(np.float32)
 
 
 def predictions(
     screen: Screen,
-    blocks: Sequence[tuple[Condition, np.ndarray]],
+    sizes: Sequence[tuple[Condition, int]],
+    x: np.ndarray,
     *,
     model: str,
     extra_uns: Mapping[str, Any] | None = None,
 ) -> AnnData:
-    """Gather predicted cells, one block [n, G] per condition, under the screen's own genes, columns and labels.
+    """Put predicted cells, float32 [cells, G], under the screen's own genes, columns and labels, without a copy.
+
+    ``sizes`` says how many there are of each condition in turn.
 
     ``uns["perturbcore"]`` says scale, columns, control label, model and version, so that `read` needs no arguments.
     """
-    for condition, x in blocks:
-        if x.ndim != 2 or x.shape[1] != screen.num_genes:
-            raise DataError(f"Predicted cells of {condition} have shape {x.shape}, not [n, {screen.num_genes}].")
-        if not np.isfinite(x).all():
-            raise DataError(f"Predicted cells of {condition} by {model!r} hold non-finite values.")
-    if not blocks:
+    if not sizes:
         raise DataError(f"Model {model!r} predicted nothing; ask for at least one perturbation.")
-    sizes = [len(x) for _, x in blocks]
-    obs = pd.DataFrame(index=pd.Index([f"{model}-{i}" for i in range(sum(sizes))]))
-    labels = np.repeat([screen.label(condition.perturbation) for condition, _ in blocks], sizes)
+    count = [n for _, n in sizes]
+    if x.shape != (sum(count), screen.num_genes):
+        raise DataError(f"Predicted cells have shape {x.shape}, not [{sum(count)}, {screen.num_genes}].")
+    for (condition, _), cells in zip(sizes, np.split(x, np.cumsum(count)[:-1]), strict=True):
+        if not np.isfinite(cells).all():
+            raise DataError(f"Predicted cells of {condition} by {model!r} hold non-finite values.")
+    obs = pd.DataFrame(index=pd.Index([f"{model}-{i}" for i in range(len(x))]))
+    labels = np.repeat([screen.label(condition.perturbation) for condition, _ in sizes], count)
     obs[screen.perturbation_key] = pd.Categorical(labels)
     if screen.context_key:
-        obs[screen.context_key] = pd.Categorical(np.repeat([condition.context for condition, _ in blocks], sizes))
+        obs[screen.context_key] = pd.Categorical(np.repeat([condition.context for condition, _ in sizes], count))
     own = dict(screen.adata.uns["perturbcore"]) | {"model": model, "version": version("perturbcore")}
     own.pop("batch_key", None)  # a predicted cell is of no batch
     return AnnData(
-        X=np.concatenate([np.asarray(x, np.float32) for _, x in blocks]),
+        X=x,
         obs=obs,
         var=pd.DataFrame(index=pd.Index(screen.genes)),
         uns={"perturbcore": own} | dict(extra_uns or {}),

@@ -133,6 +133,10 @@ class Screen:
             raise DataError(f"Condition {str(condition)!r} was not measured in this screen.{near}")
         return self._rows[condition]
 
+    def measured(self, condition: Condition) -> bool:
+        """Return whether the screen has cells of a condition."""
+        return condition in self._rows
+
     def controls(self, context: str, batch: str | None = None) -> np.ndarray:
         """Return the rows [n] (int64, ascending, maybe none) of a context's control cells, or of one batch of it."""
         if context not in self.contexts:

@@ -229,14 +229,17 @@ class Model(ABC):
             if self.config.strict:
                 raise MissingInput(f"{self.name} would have to fall back for {count}, such as {example}")
             print(f"{self.name} falls back for {count}, such as {example}", file=sys.stderr)
-        blocks, fallback = [], []
-        for condition, delta, why in zip(conditions, shift.delta, shift.fallback, strict=True):
-            sample = cells.dense(sample_controls(cells, condition, n_cells, seed))
+        samples = [sample_controls(cells, condition, n_cells, seed) for condition in conditions]
+        sizes = [len(rows) for rows in samples]
+        x = np.empty((sum(sizes), cells.num_genes), np.float32)
+        into = np.split(x, np.cumsum(sizes)[:-1])
+        for condition, rows, delta, moved in zip(conditions, samples, shift.delta, into, strict=True):
+            sample = cells.dense(rows)
             drawn = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
-            blocks.append((condition, shift_cells(sample, drawn, mean[condition.context] + delta - drawn)))
-            fallback += [why] * len(sample)
-        adata = predictions(cells, blocks, model=self.name, extra_uns={"fallback": missing, "seed": seed})
-        adata.obs["fallback"] = fallback
+            moved[:] = shift_cells(sample, drawn, mean[condition.context] + delta - drawn)
+        held = list(zip(conditions, sizes, strict=True))
+        adata = predictions(cells, held, x, model=self.name, extra_uns={"fallback": missing, "seed": seed})
+        adata.obs["fallback"] = np.repeat(shift.fallback, sizes)
         return adata
 
     def deltas(self, cells: Screen, conditions: Sequence[Condition]) -> np.ndarray:
@@ -247,7 +250,8 @@ class Model(ABC):
 
     def _shift_of(self, cells: Screen, conditions: Sequence[Condition]) -> tuple[dict[str, np.ndarray], Shift]:
         mean = {context: cells.control_mean(context) for context in sorted({c.context for c in conditions})}
-        direction = np.array([self._direction(cells, c) for c in conditions], np.int8)
+        usual = _directions(cells, cells.conditions)
+        direction = np.array([self._direction(cells, c, usual) for c in conditions], np.int8)
         shift = self._shift(conditions, np.stack([mean[c.context] for c in conditions]), direction)
         fallback = [
             ", ".join(filter(None, (why, self._unseen_direction(int(sign)))))
@@ -341,14 +345,13 @@ class Model(ABC):
         assert self.training is not None
         return {*self.training.genes, *(() if self.graph is None else self.graph.nodes.tolist())}
 
-    def _direction(self, cells: Screen, condition: Condition) -> int:
-        """Return +1 or -1: as measured in `cells`, else as most perturbations of that context, else of the training."""
-        if condition in cells.conditions:
+    def _direction(self, cells: Screen, condition: Condition, usual: Mapping[str, int]) -> int:
+        """Return +1 or -1: as measured in `cells`, else as is usual there in that context, else in training."""
+        if cells.measured(condition):
             return int(cells.direction[cells.cells(condition)[0]])
         assert self.training is not None
-        here = _directions(cells, [c for c in cells.conditions if c.context == condition.context])
-        seen = here or self.training.direction
-        return seen.get(condition.context) or (1 if sum(seen.values()) > 0 else -1)
+        seen = self.training.direction
+        return usual.get(condition.context) or seen.get(condition.context) or (1 if sum(seen.values()) > 0 else -1)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def sample_controls(cells: Screen, condition: Condition, n_cells: int | None, se
     none. The draw follows from the seed and the condition's name.
     """
     controls = cells.controls(condition.context)
-    own = cells.cells(condition) if condition in cells.conditions else controls
+    own = cells.cells(condition) if cells.measured(condition) else controls
     count = min(len(own), MAX_CELLS) if n_cells is None else n_cells
     if count < 1:
         raise DataError(f"n_cells is {count}: ask for at least one cell")
