@@ -14,10 +14,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from perturbcore.kernels.common.numba_cpu import FASTMATH
-
 WORD, LANE = ir.IntType(64), ir.IntType(32)
-FLAGS = tuple(sorted(FASTMATH))
+# regrouped is only what `dot` adds up: elsewhere a compiled copy of a kernel might not have the bits of another
+FLAGS = ("contract", "nsz")
 
 
 class Vector(types.Type):
@@ -146,7 +145,7 @@ def dot(typingctx, one, other):
         number = product.type.element
         name = f"llvm.vector.reduce.fadd.v{one.lanes}f{one.dtype.bitwidth}"
         call = cgutils.get_or_insert_function(builder.module, ir.FunctionType(number, [number, product.type]), name)
-        return builder.call(call, [number(0.0), product], fastmath=FLAGS)
+        return builder.call(call, [number(0.0), product], fastmath=("reassoc", *FLAGS))
 
     return one.dtype(one, other), codegen
 
