@@ -74,6 +74,10 @@ def write_h5ad(path: Path, adata: AnnData) -> None:
     try:
         adata.write_h5ad(partial, compression="gzip")
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"could not write {path}, nothing of it is left: {error.strerror or error}"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

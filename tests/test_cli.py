@@ -13,6 +13,7 @@ import pytest
 from simulated import Files, write_files
 
 from perturbcore.cli import main
+from perturbcore.run_folder import write_h5ad
 
 QUICK = ["--epochs", "2", "--set", "adapert.width=8", "--set", "adapert.layers=1", "--set", "adapert.hidden=16"]
 COMMANDS = [
@@ -189,13 +190,16 @@ def test_a_folder_that_holds_a_run_is_left_alone(run: Path, files: Files, capsys
 def test_an_error_of_the_system_is_told_without_its_number(
     monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("perturbcore.training.os.fsync", full)
     said = failure(capsys, ["fit", str(files.screen), "--model", "control_mean", "--out", str(tmp_path / "model")])
     assert "[Errno" not in said
     assert said.endswith("untouched: No space left on device")
+    monkeypatch.setattr(anndata.AnnData, "write_h5ad", full)
+    with pytest.raises(OSError, match=r"could not write .*cells\.h5ad, nothing of it is left: No space left"):
+        write_h5ad(tmp_path / "cells.h5ad", anndata.AnnData(np.ones((1, 1))))
     assert failure(capsys, ["split", "write", str(files.screen), "--out", str(tmp_path / "no" / "s.json")]).endswith(
         "s.json: No such file or directory"
     )

@@ -261,6 +261,7 @@ def test_subgraph_shows_steps_scores_and_what_was_measured(run: Path) -> None:
     text = render(Run.read(run))
     part = text.split('<section id="subgraph">')[1].split("</section>")[0]
     assert part.count('class="edge"') == 1
+    assert "2 genes selected" in part
     assert 'class="node unmeasured"' in part
     real = Run.read(run).deltas.real[0, GENES.index("STAT1")]
     row = part.split('<th scope="row">STAT1</th>')[1].split("</tr>")[0]

@@ -18,6 +18,7 @@ FEW_CONDITIONS = 10  # a mean over fewer moves more by chance than from epoch to
 MOST_PERTURBATIONS = 60  # drawn; a larger page than this is neither read nor mailed
 MOST_SUBGRAPHS = 40
 MOST_PER_COLUMN = 14
+MOST_LISTED = 12
 
 
 def perturbations(run: Run) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _subgraph(run: Run, label: str, nodes: pd.DataFrame, rows: list[int]) -> dic
     return {
         "name": label,
         "size": len(nodes),
-        "count": count(len(nodes), "gene"),
+        "count": f"{count(int((nodes['hops'] != 0).sum()), 'gene')} selected",
         "svg": svg.network(
             {gene: hops[gene] for gene in drawn},
             edges,
@@ -123,6 +124,7 @@ def _subgraph(run: Run, label: str, nodes: pd.DataFrame, rows: list[int]) -> dic
             alt=f"{count(len(drawn), 'gene')} selected for {label}, in columns by distance from the perturbed gene.",
         ),
         "note": f"{more} more, with lower scores, stand in models/adapert/subgraph.csv." if more else "",
+        "listed": f"The {MOST_LISTED} with the highest scores" if len(nodes) > MOST_LISTED else "",
         "genes": [
             {
                 "gene": node.gene,
@@ -131,7 +133,7 @@ def _subgraph(run: Run, label: str, nodes: pd.DataFrame, rows: list[int]) -> dic
                 "measured": number(measured.get(node.gene, math.nan), 2),
                 "predicted": number(predicted.get(node.gene, math.nan), 2),
             }
-            for node in nodes.head(12).itertuples()
+            for node in nodes.head(MOST_LISTED).itertuples()
         ],
     }
 
