@@ -55,9 +55,10 @@ class AdaPert(Model):
     * Sizes are those of two cores; the errors are measured in units of the variance of the training responses.
 
     Preset "paper" has the paper's sizes (width 128, 4 layers, 2 heads of 128, hidden 512), decodes the profile from
-    [z_c, z_ctx, s_p] with batch normalisation, trains on cells for 200 epochs, pools by plain sum, and aligns that sum
-    with the sum of the responding nodes. A perturbation without text takes a learned vector rather than that of an
-    arbitrary gene, in both.
+    [z_c, z_ctx, s_p] with batch normalisation, trains on cells beside the controls of their batch for 200 epochs, pools
+    by plain sum, and aligns that sum with the sum of the responding nodes. It is not told whether a gene is activated
+    or repressed (the authors' screens only repress), and predicts from the mean control of a context. A perturbation
+    without text takes a learned vector rather than that of an arbitrary gene, in both.
 
     Needs a knowledge graph; an embedding is optional. Signs and weights of edges only choose the `top_k`.
     """
