@@ -10,9 +10,11 @@ from perturbcore.kernels.graph import structure
 
 @inner
 def _outside(index, bound):
-    low = high = index.dtype.type(0)
-    for i in index:
-        low, high = min(low, i), max(high, i)
+    low, high = index.dtype.type(0), index.dtype.type(0)
+    for k in range(index.size):
+        i = index[k]
+        low = i if i < low else low
+        high = i if i > high else high
     return low < 0 or high >= bound
 
 
