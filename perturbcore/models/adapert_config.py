@@ -27,7 +27,7 @@ class AdaPertConfig:
     width: Annotated[int, Field(ge=8)] = 64  # of node states, scores and projected text
     heads: Count = 2
     channels: Count = 32  # per head
-    layers: Count = 2
+    layers: Annotated[int, Field(ge=0)] = 2
     hidden: Count = 256
     state: Count = 32  # width of the encoded control profile
     dropout: Share = 0.1
@@ -40,17 +40,21 @@ class AdaPertConfig:
     weighted: bool = True  # gumbel_node pools by σ(score); sigmoid_threshold always does, the others never
     tau_first: Annotated[float, Field(gt=0)] = 1.0  # temperature of the gates, falling exponentially
     tau_last: Annotated[float, Field(gt=0)] = 0.5
-    non_deg: Weight = 0.1  # weight of the pull to zero on genes that do not respond
+    non_deg: Weight = 1.0  # weight of the pull to zero on genes that do not respond
     align: Weight = 1.0  # weight of the alignment of what was selected with the response
     align_to: Literal["selection", "node_sum", "fixed_projection", "learned_projection"] = "selection"
     fdr: float = 0.05  # what makes a training gene differentially expressed
     min_abs_lfc: float = 0.25
-    epochs: Count = 60
+    epochs: Annotated[int, Field(ge=0)] = 60
     batch_size: Count | None = None  # None: an eighth of the rows, between 8 and 64
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     validate_every: Count = 2
     patience: Count = 10  # validations without improvement
+
+    def __post_init__(self) -> None:
+        if self.selector == "gat_attention" and not self.layers:
+            raise ValueError("gat_attention selects by the attention of a graph layer, so layers must be 1 or more")
 
     @property
     def reach(self) -> int:
@@ -70,14 +74,14 @@ class AdaPertConfig:
     def cut(self) -> float:
         """What a kept node exceeds: `threshold`, else 0.1 for gat_attention and 0.5 of σ(score).
 
-        Where gumbel_node starts from scores fitted to the odds that a node responds ("delta"), it is 0.7, which keeps
+        Where gumbel_node starts from scores fitted to the odds that a node responds ("delta"), it is 0.6, which keeps
         the nodes that rather do.
         """
         if self.threshold is not None:
             return self.threshold
         if self.selector == "gat_attention":
             return 0.1
-        return 0.7 if self.selector == "gumbel_node" and self.response == "delta" else 0.5
+        return 0.6 if self.selector == "gumbel_node" and self.response == "delta" else 0.5
 
 
 PAPER: dict[str, Any] = {
@@ -95,6 +99,7 @@ PAPER: dict[str, Any] = {
     "pool": "sum",
     "weighted": False,
     "batch_size": 64,
+    "non_deg": 0.1,
     "align": 0.1,
     "align_to": "node_sum",
     "epochs": 200,

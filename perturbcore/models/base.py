@@ -105,6 +105,8 @@ class Model(ABC):
             self.config: Any = TypeAdapter(self.Config).validate_python({**self.presets[preset], **overrides})
         except ValidationError as error:
             first = error.errors()[0]
+            if not first["loc"]:  # a clash of several fields
+                raise ValueError(f"{self.name}: {first['ctx']['error']}") from error
             where = ".".join(map(str, first["loc"]))
             raise ValueError(f"{self.name}.{where} = {first['input']!r}: {first['msg']}") from error
         self.training: Training | None = None
