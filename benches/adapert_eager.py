@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, dropout, leaky_relu
 
+from perturbcore.models.adapert_activation import dropout_noise
 from perturbcore.models.adapert_network import AdaPertNetwork
 from perturbcore.models.adapert_selection import ScoredSelector
 
@@ -91,7 +92,8 @@ def encode(net: AdaPertNetwork, edges: Edges) -> Tensor:
     for source, target, attention, bias in layers:
         u, v = (linear(x).view(-1, encoder.heads, encoder.channels) for linear in (source, target))
         y = gatv2(edges, u, v, attention).flatten(1) + bias
-        x = dropout(leaky_relu(torch.cat([y, x], 1), 0.2), encoder.dropout, encoder.training)
+        x = leaky_relu(torch.cat([y, x], 1), 0.2)
+        x = x * dropout_noise(x, encoder.dropout) if encoder.training else x
     return dropout(leaky_relu(encoder.out(x), 0.2), encoder.dropout, encoder.training)
 
 

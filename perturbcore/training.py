@@ -43,7 +43,7 @@ class Schedule:
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """Return the optimiser of this schedule over the parameters of `module`."""
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
-        return kind(module.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        return kind(module.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
 
 
 class Objective(Protocol):

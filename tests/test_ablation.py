@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from perturbcore.benches import ablation
 from scipy.stats import ttest_1samp
 
+from perturbcore.benches import ablation
 from perturbcore.data import simulate, unseen_perturbation
 from perturbcore.models import AdaPert
 

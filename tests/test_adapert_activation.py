@@ -2,13 +2,29 @@
 
 import pytest
 import torch
-from torch.nn.functional import dropout, leaky_relu
+from torch.nn.functional import leaky_relu
 
-from perturbcore.models.adapert_activation import skip_activation
+from perturbcore.models.adapert_activation import dropout_noise, skip_activation
 
 
 def one_after_another(y, bias, x, slope, p):
-    return dropout(leaky_relu(torch.cat([y + bias, x], 1), slope), p)
+    out = leaky_relu(torch.cat([y + bias, x], 1), slope)
+    return out * dropout_noise(out, p) if p else out
+
+
+@pytest.mark.parametrize("p", [1 / 65_536, 0.1, 0.5, 0.9])
+def test_noise_of_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    noise = dropout_noise(torch.empty(701, 999), p)  # of an odd number of draws
+    assert noise.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=3e-4)
+    dropped, spread = (noise == 0).double().mean(), (p * (1 - p) / noise.numel()) ** 0.5
+    assert abs(dropped - p) < 4 * spread + 1e-5
+    for part in noise[:, ::4], noise[:, 1::4], noise[::2], noise[-1:]:  # wherever in the 64 bits it comes from
+        assert abs((part == 0).double().mean() - p) < 5 * (p * (1 - p) / part.numel()) ** 0.5 + 1e-5
+    rows = (noise[:-1] == 0).double() - p
+    assert abs((rows[:, :-1] * rows[:, 1:]).mean()) < 5 * p * (1 - p) / rows.numel() ** 0.5  # neighbours are strangers
+    torch.manual_seed(0)
+    assert torch.equal(dropout_noise(torch.empty(701, 999, dtype=torch.float64), p) == 0, noise == 0)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])

@@ -12,6 +12,18 @@ from torch.nn.functional import leaky_relu
 LEAKY_RELU_BACKWARD = torch.ops.aten.leaky_relu_backward.grad_input
 
 
+def dropout_noise(like: Tensor, p: float) -> Tensor:
+    """Draw 0 with probability `p`, to the nearest 1/65,536, and 1 / (1 − p) otherwise, in the shape of `like`.
+
+    Four draws come out of each 64 bits of the generator: on a CPU, one at a time take three times as long.
+    """
+    bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
+    drawn = bits.view(torch.int16)[: like.numel()].view(like.shape)
+    dropped = round(p * 2**16)
+    noise = torch.ge(drawn, dropped - 2**15, out=torch.empty_like(like))
+    return noise.mul_(2**16 / (2**16 - dropped))
+
+
 class _SkipActivation(Function):
     """The noise of dropout and the result tell all that the gradient needs."""
 
@@ -25,7 +37,7 @@ class _SkipActivation(Function):
         leaky_relu(out, slope, inplace=True)
         noise = None
         if p:
-            noise = torch.empty_like(out).bernoulli_(1 - p).div_(1 - p)
+            noise = dropout_noise(out, p)
             out.mul_(noise)
         ctx.save_for_backward(out, noise)
         return out
