@@ -67,7 +67,9 @@ def test_alignment_is_a_term_of_the_loss_that_trains_the_gates(fitted, data, ali
     objective = AdaPertObjective(model, *data, seed=0)
     model.network.train().zero_grad()
     losses = objective.losses(torch.arange(objective.num_rows), step=0, progress=0.0)
-    assert losses["loss"] == losses["recon"] + 0.1 * losses["non_deg"] + losses["align"]
+    config = model.config
+    expected = losses["recon"] + config.non_deg * losses["non_deg"] + config.align * losses["align"]
+    torch.testing.assert_close(losses["loss"], expected)
     losses["align"].backward()
     assert model.network.selector.node.weight.grad.any()
 
@@ -129,7 +131,7 @@ def test_no_hops_is_no_selection(fitted, data):
         ({"selector": "gumble"}, "selector"),
         ({"reencode": 3}, "reencode"),
         ({"align_to": "nodes"}, "align_to"),
-        ({"layers": 0}, "layers"),
+        ({"layers": -1}, "layers"),
         ({"width": 4}, "width"),
         ({"align": -0.1}, "align"),
     ],
@@ -137,6 +139,17 @@ def test_no_hops_is_no_selection(fitted, data):
 def test_options_out_of_range_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=rf"adapert\.{message} = "):
         AdaPert(**options)
+
+
+def test_attention_selects_only_where_there_is_attention():
+    with pytest.raises(ValueError, match=r"adapert: gat_attention selects by .* layers must be 1 or more"):
+        AdaPert(selector="gat_attention", layers=0)
+
+
+def test_without_layers_no_message_is_passed(fitted, data):
+    model = fitted(layers=0)
+    assert not model.network.encoder.attention
+    assert np.isfinite(model.deltas(data[0], data[1].test)).all()
 
 
 def test_batch_normalisation_of_one_row_uses_what_it_has_seen(fitted, data):
