@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for screen in screens:
         for seed in given.seeds:
             task = SCREENS[screen](seed)
-            results = {}
+            results: dict[str, dict[str, float]] = {}
             if (screen, seed, "ridge") not in done:
                 results |= baselines(task, seed)
             for variant in VARIANTS:
