@@ -52,6 +52,18 @@ def test_no_ratio_is_told_where_either_side_is_wrong(wrong):
         assert "floor" not in run.describe(case)
 
 
+@pytest.mark.parametrize(("got", "passes"), [(0.0, True), (float("nan"), False), (1e-30, False)])
+def test_every_tensor_is_checked_also_where_zeros_are_expected(got, passes):
+    right = (torch.tensor([1.0]), torch.tensor([0.0]))
+    assert (run.error((right[0], torch.tensor([got])), right) <= 1e-5) == passes
+    assert (run.error((torch.tensor([got]), right[0]), right[::-1]) <= 1e-5) == passes
+
+
+def test_the_machine_is_described_where_linux_does_not_describe_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "CPUINFO", tmp_path / "cpuinfo")
+    assert isinstance(run.machine(Limits())["cpu"], str)
+
+
 def test_the_time_of_a_part_is_scaled_to_the_whole_and_its_row_says_so(monkeypatch):
     both = Timing(cpu=1.0, wall=2.0, fastest=1.0, rounds=5)
     monkeypatch.setattr(run, "interleave", lambda calls, budget: dict.fromkeys(calls, both))
