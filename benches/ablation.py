@@ -289,9 +289,12 @@ def _cell(row: pd.Series, *, absolute: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the variants asked for and print a table for each screen; the values go to a file where one is named."""
+    """Run the variants asked for and print a table for each screen; the values go to a file where one is named.
+
+    Returns the exit code: 2 where none of the screens is there.
+    """
     parser = argparse.ArgumentParser(prog="python -m perturbcore.benches.ablation", description=__doc__)
-    parts = list(dict.fromkeys(v.part for v in VARIANTS))
+    parts = list(dict.fromkeys(v.part for v in VARIANTS if v.name != FULL))
     parser.add_argument("--screen", nargs="+", choices=list(SCREENS), default=list(SCREENS))
     parser.add_argument("--part", nargs="+", choices=parts, default=parts, help="the default is always there")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -302,6 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     screens = [name for name in given.screen if name == "simulator" or "PERTURBCORE_DATA" in os.environ]
     for name in set(given.screen) - set(screens):
         print(f"{name} left out: PERTURBCORE_DATA names no folder of measured screens", file=sys.stderr)
+    if not screens:
+        return 2
     rows = pd.read_csv(given.values).to_dict("records") if given.values and given.values.exists() else []
     done = {(row["screen"], row["seed"], row["variant"]) for row in rows}
     for screen in screens:
@@ -312,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 results |= baselines(task, seed)
             for variant in VARIANTS:
                 applies = screen != "simulator" or variant.name not in ("CollecTRI", "Reactome")
-                if variant.part in given.part and applies and (screen, seed, variant.name) not in done:
+                if variant.part in (FULL, *given.part) and applies and (screen, seed, variant.name) not in done:
                     results[variant.name] = run(task, variant, seed)
                     print(screen, seed, variant.name, json.dumps(results[variant.name]), file=sys.stderr, flush=True)
             for variant_name, values in results.items():

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from perturbcore.data import Condition, Screen, Simulation, prepare, simulate, unseen_perturbation
-from perturbcore.metrics.comparison import Comparison
+from perturbcore.benches.ablation import comparisons
+from perturbcore.data import Condition, Simulation, prepare, simulate, unseen_perturbation
 from perturbcore.metrics.evaluate import score
 from perturbcore.models import BASELINES, AdaPert, Model
 
@@ -37,29 +37,6 @@ def compare(simulation: Simulation, **options: Any) -> pd.DataFrame:
         if isinstance(model, AdaPert):
             extra[name]["precision"] = precision(simulation, model, split.test)
     return score(compared).table()[SHOWN].join(pd.DataFrame(extra).T)
-
-
-def comparisons(
-    screen: Screen, conditions: Sequence[Condition], predicted: np.ndarray, mean: np.ndarray
-) -> list[Comparison]:
-    """Return predicted [P, G] beside measured responses, a comparison per context; `mean` [G] is that of training."""
-    real, found = screen.deltas(conditions).astype(np.float64), []
-    for context in sorted({c.context for c in conditions}):
-        here = [i for i, c in enumerate(conditions) if c.context == context]
-        control = screen.control_mean(context).astype(np.float64)
-        found.append(
-            Comparison(
-                context,
-                screen.genes,
-                tuple(conditions[i].perturbation for i in here),
-                control + real[here],
-                control + predicted[here],
-                control,
-                control,
-                mean,
-            )
-        )
-    return found
 
 
 def precision(simulation: Simulation, model: AdaPert, conditions: Sequence[Condition]) -> float:

@@ -52,6 +52,22 @@ def test_values_of_a_variant(task):
     assert np.isnan(values["precision"]) or 0 <= values["precision"] <= 1
 
 
+def test_the_default_is_there_whatever_part_is_asked_for(task, monkeypatch, capsys):
+    monkeypatch.setitem(ablation.SCREENS, "simulator", lambda seed: task)
+    monkeypatch.setattr(ablation, "baselines", lambda task, seed: {})
+    monkeypatch.setattr(ablation, "run", lambda task, variant, seed: {"r": float(variant.options.get("reencode", 0))})
+    assert ablation.main(["--screen", "simulator", "--part", "re-encoding", "--seeds", "0"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0] == "simulator"
+    assert [line.split("|")[1].strip() for line in lines[4:]] == [ablation.FULL, "re-encoded once", "re-encoded twice"]
+
+
+def test_a_screen_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.delenv("PERTURBCORE_DATA", raising=False)
+    assert ablation.main(["--screen", "norman"]) == 2
+    assert "norman left out: PERTURBCORE_DATA" in capsys.readouterr().err
+
+
 def test_differences_are_paired_by_seed_with_a_t_interval():
     first, other = np.array([0.5, 0.6, 0.9]), np.array([0.4, 0.55, 0.7])
     rows = [
