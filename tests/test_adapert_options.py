@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from perturbcore.data import Condition, Screen, prepare, simulate, unseen_context, unseen_perturbation
+from perturbcore.data import Condition, DataError, Screen, prepare, simulate, unseen_context, unseen_perturbation
 from perturbcore.models import AdaPert, load
 from perturbcore.models.adapert_alignment import Alignment
 from perturbcore.models.adapert_network import BatchNorm
@@ -103,6 +103,22 @@ def test_without_linear_start_it_starts_from_the_shared_response_alone(small, fi
     assert np.abs(with_own).max() > 0.1
 
 
+def test_subgraph_needs_a_fitted_model_and_a_perturbation(small, fitted):
+    with pytest.raises(RuntimeError, match="adapert is not fitted"):
+        AdaPert(graph=small.graph).subgraph(["G1"])
+    with pytest.raises(DataError, match="at least one perturbation"):
+        fitted().subgraph([])
+
+
+def test_without_epochs_it_stays_as_it_starts(fitted, data):
+    model = fitted(epochs=0)
+    assert model.notes["best epoch"] == 0
+    assert np.isfinite(model.deltas(data[0], data[1].test)).all()
+    np.testing.assert_array_equal(
+        model.deltas(data[0], data[1].test), fitted(epochs=1, learning_rate=0.0).deltas(data[0], data[1].test)
+    )
+
+
 def test_what_selects_nothing_keeps_its_own_node_and_is_counted(fitted, data, tmp_path):
     model = fitted(threshold=0.999999)
     p, _ = model.interventions(sorted({c.perturbation for c in data[1].train}))
@@ -155,11 +171,7 @@ def test_without_layers_no_message_is_passed(fitted, data):
 def test_batch_normalisation_of_one_row_uses_what_it_has_seen(fitted, data):
     norm, rows = BatchNorm(3), torch.randn(6, 3)
     norm(rows)
-    expected = (
-        rows[:1] / (1 + norm.eps) ** 0.5
-        if norm.running_var is None
-        else (rows[:1] - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
-    )
+    expected = (rows[:1] - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
     torch.testing.assert_close(norm(rows[:1]), expected)
     assert int(norm.num_batches_tracked) == 1
     cells = sum(len(data[0].cells(c)) for c in data[1].train)

@@ -345,6 +345,9 @@ def test_fit_then_predict_gives_what_compare_gave(
     assert main([*again, "--resume"]) == 0
     other = ["fit", str(files.screen), "--model", "ridge", "--out", str(fitted), *knowledge, *split, "--resume"]
     assert "model was 'adapert', is 'ridge'" in failure(capsys, other)
+    start = ["fit", str(files.screen), "--model", "adapert", "--out", str(tmp_path / "start"), *knowledge, *QUICK]
+    assert main([*start, "--epochs", "0"]) == 0
+    assert json.loads((tmp_path / "start" / "manifest.json").read_text())["best epoch"] == 0
     for complete in ("manifest.json", "config.json"):
         (fitted / complete).unlink()
     assert "holds an interrupted fit" in (said := failure(capsys, again))

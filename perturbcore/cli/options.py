@@ -62,7 +62,10 @@ Preset = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Same seed, same split, same result.", rich_help_panel=LEARNING)]
 Epochs = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Train at most this long.", rich_help_panel=LEARNING)
+    int | None,
+    typer.Option(
+        metavar="N", min=0, help="Train at most this long; with 0 a model stays as it starts.", rich_help_panel=LEARNING
+    ),
 ]
 Strict = Annotated[
     bool,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from perturbcore import ops
-from perturbcore.data import Condition, KnowledgeGraph, MissingInput, Perturbation, Screen, Split
+from perturbcore.data import Condition, DataError, KnowledgeGraph, MissingInput, Perturbation, Screen, Split
 from perturbcore.models.adapert_config import PAPER, AdaPertConfig
 from perturbcore.models.adapert_inputs import Interventions, Linear, Query, Ragged, Sizes, Start, row_of
 from perturbcore.models.adapert_network import AdaPertNetwork
@@ -52,7 +52,8 @@ class AdaPert(Model):
     * It trains on the mean of each condition and batch, weighted by cells: the input of a cell is the mean of its
       matched controls, so this differs from the error per cell by a constant only.
     * Text and graph are withheld at random in training, so that the vectors that stand in for them are learned.
-    * Sizes are those of two cores; the errors are measured in units of the variance of the training responses.
+    * Sizes are those of two cores; errors are measured in units of the variance of the training responses around the
+      shared one.
 
     Preset "paper" has the paper's sizes (width 128, 4 layers, 2 heads of 128, hidden 512), decodes the profile from
     [z_c, z_ctx, s_p] with batch normalisation, trains on cells beside the controls of their batch for 200 epochs, pools
@@ -232,10 +233,14 @@ class AdaPert(Model):
         Names are read as `predict` reads them; selection is the same in every context.
 
         `score` is σ of the node's score, `weight` its share of the pooled context; nodes kept without a score, among
-        them the perturbed genes, 0 hops away and always kept, have score 1.
+        them the perturbed genes, 0 hops away and always kept, have score 1. DataError where nothing is asked for.
         """
+        if self.training is None:
+            raise RuntimeError(f"{self.name} is not fitted: call fit, or load a fitted model")
         known = self._known_genes()
         asked = list(dict.fromkeys(parse(item, known)[1] for item in perturbations))
+        if not asked:
+            raise DataError("no subgraph is asked for: give at least one perturbation")
         interventions, _ = self.interventions(asked)
         self.network.eval()
         with torch.no_grad():
