@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export NUMBA_CACHE_DIR := $(abspath $(VENV))/numba
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test bench lint clean
 

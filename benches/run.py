@@ -96,6 +96,7 @@ def machine(limits: Limits) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
+        "idle threads": os.environ.get("OMP_WAIT_POLICY", "as OpenMP has it"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "numba", "numpy", "scipy")},
         "limits": limits.rates,

@@ -11,6 +11,10 @@ import typer
 
 from perturbcore.cli import bench, inspection, modelling, runs
 
+# Torch and Numba each have threads, and those of one, spinning while they wait, keep the others off the cores: on a
+# busy machine that made a fit take a hundred times as long. The variable is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 app = typer.Typer(
     name="perturbcore",
     no_args_is_help=True,
