@@ -190,6 +190,8 @@ CASES = (
         build=functools.partial(build_encoder, 18216, 171_000, 128, 2, 128, 4),
         peers=(EAGER,),
         floors={EAGER: 3},
-        tolerance=1e-3,
+        # Some sums of gradients nearly cancel, over four layers: in float32 torch eager errs by 4.4e-3 too. That each
+        # op is exact to 1e-5 is checked by its own cases.
+        tolerance=1e-2,
     ),
 )
