@@ -215,3 +215,11 @@ def test_sddmm_is_the_gradient_of_spmm_in_its_weights(backend):
     x, grad, weight = normal(3, 40, 17), normal(3, 40, 17, seed=1), normal(3, 200).requires_grad_()
     (expected,) = torch.autograd.grad(ops.spmm(graph, x, weight), weight, grad)
     assert_close(ops.sddmm(graph, grad, x), expected)
+
+
+def test_features_that_weights_of_many_share_have_the_sum_of_their_gradients(backend):
+    graph = random_graph(67, 501)
+    x, weight, grad = normal(67, 19).requires_grad_(), normal(3, 501), normal(3, 67, 19)
+    (shared,) = torch.autograd.grad(ops.spmm(graph, x, weight), x, grad)
+    each = [torch.autograd.grad(ops.spmm(graph, x, w), x, g)[0] for w, g in zip(weight, grad, strict=True)]
+    assert_close(shared, sum(each))
