@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from conftest import assert_close, compare
+from agreement import assert_close, compare
 from graphs import DTYPES, GRAPHS, csr, normal, random_graph
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close, compare
+from agreement import assert_close, compare
 from graphs import DTYPES, GRAPHS, csr, normal, random_graph
 
 from perturbcore import ops

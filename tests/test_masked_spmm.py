@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, compare
+from agreement import assert_close, compare
 
 from perturbcore import ops
 from perturbcore.kernels.graph import reference

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from conftest import assert_close
+from agreement import assert_close
 
 from perturbcore import ops
 
