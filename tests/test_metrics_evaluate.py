@@ -31,7 +31,9 @@ def split(screen):
 
 def predict(screen, conditions, cells_of) -> AnnData:
     """Cells of each condition, as `cells_of` gives them, written as models write them: without controls."""
-    return write(screen, [(condition, cells_of(condition)) for condition in conditions], model="test")
+    blocks = [cells_of(condition).astype(np.float32) for condition in conditions]
+    sizes = [(condition, len(block)) for condition, block in zip(conditions, blocks, strict=True)]
+    return write(screen, sizes, np.concatenate(blocks), model="test")
 
 
 def truth(screen, conditions) -> AnnData:
