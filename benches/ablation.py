@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Variant:
     part: str
     options: dict[str, Any] = field(default_factory=dict)
     change: Callable[[Task], Task] | None = None
+    human: bool = False  # of no use to simulated genes
 
 
 def shuffled(task: Task) -> Task:
@@ -120,8 +122,8 @@ VARIANTS = (
     Variant("names shuffled", "graph", change=shuffled),
     Variant("no edges", "graph", change=own_edges_only),
     Variant("no text", "graph", change=without_text),
-    Variant("CollecTRI", "graph", change=functools.partial(with_graph, "networks/collectri_human.csv.gz")),
-    Variant("Reactome", "graph", change=functools.partial(with_graph, "gene_sets/reactome_human.gmt.gz")),
+    Variant("CollecTRI", "graph", change=functools.partial(with_graph, "networks/collectri_human.csv.gz"), human=True),
+    Variant("Reactome", "graph", change=functools.partial(with_graph, "gene_sets/reactome_human.gmt.gz"), human=True),
 )
 
 
@@ -242,6 +244,18 @@ def baselines(task: Task, seed: int) -> dict[str, dict[str, float]]:
     return {str(name): row.to_dict() for name, row in table.iterrows()}
 
 
+def results(
+    screen: str, seed: int, wanted: Sequence[Variant], done: set[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the values of the baselines and of the variants wanted that are not done yet, as they are computed."""
+    task = SCREENS[screen](seed)
+    if not done.issuperset(BASELINES):
+        yield from baselines(task, seed).items()
+    for variant in wanted:
+        if variant.name not in done and not (variant.human and screen == "simulator"):
+            yield variant.name, run(task, variant, seed)
+
+
 def differences(values: pd.DataFrame) -> pd.DataFrame:
     """Compare the variants from values [screen, seed, variant, metric, value].
 
@@ -308,21 +322,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not screens:
         return 2
     rows = pd.read_csv(given.values).to_dict("records") if given.values and given.values.exists() else []
-    done = {(row["screen"], row["seed"], row["variant"]) for row in rows}
-    for screen in screens:
-        for seed in given.seeds:
-            task = SCREENS[screen](seed)
-            results: dict[str, dict[str, float]] = {}
-            if (screen, seed, "ridge") not in done:
-                results |= baselines(task, seed)
-            for variant in VARIANTS:
-                applies = screen != "simulator" or variant.name not in ("CollecTRI", "Reactome")
-                if variant.part in (FULL, *given.part) and applies and (screen, seed, variant.name) not in done:
-                    results[variant.name] = run(task, variant, seed)
-                    print(screen, seed, variant.name, json.dumps(results[variant.name]), file=sys.stderr, flush=True)
-            for variant_name, values in results.items():
-                keys = {"screen": screen, "seed": seed, "variant": variant_name}
-                rows += [keys | {"metric": metric, "value": value} for metric, value in values.items()]
+    wanted = [v for v in VARIANTS if v.part in (FULL, *given.part)]
+    for screen, seed in itertools.product(screens, given.seeds):
+        done = {row["variant"] for row in rows if (row["screen"], row["seed"]) == (screen, seed)}
+        for name, values in results(screen, seed, wanted, done):
+            print(screen, seed, name, json.dumps(values), file=sys.stderr, flush=True)
+            keys = {"screen": screen, "seed": seed, "variant": name}
+            rows += [keys | {"metric": metric, "value": value} for metric, value in values.items()]
             if given.values:
                 pd.DataFrame(rows).to_csv(given.values, index=False)
     found = differences(pd.DataFrame(rows))

@@ -13,12 +13,12 @@ def csr(graph):
     return graph.rowptr, graph.col, graph.t_rowptr, graph.t_col, graph.t_perm
 
 
-def random_graph(nodes, edges, seed=0):
+def random_graph(nodes, edges, seed=0, weighted=False):
     """Hubs, self edges, duplicates, and a last node that nothing enters."""
     generator = torch.Generator().manual_seed(seed)
     src = (torch.rand(edges, generator=generator) ** 3 * nodes).long()
     dst = (torch.rand(edges, generator=generator) ** 2 * max(nodes - 1, 1)).long()
-    return ops.Graph.from_edges(src, dst, nodes)
+    return ops.Graph.from_edges(src, dst, nodes, normal(edges) if weighted else None)
 
 
 def normal(*shape, seed=0):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from perturbcore import ops
 from perturbcore.data import Condition, DataError, Screen, prepare, simulate, unseen_context, unseen_perturbation
 from perturbcore.models import AdaPert, load
 from perturbcore.models.adapert_alignment import Alignment
@@ -164,7 +165,10 @@ def test_attention_selects_only_where_there_is_attention():
 
 def test_without_layers_no_message_is_passed(fitted, data):
     model = fitted(layers=0)
-    assert not model.network.encoder.attention
+    with torch.no_grad():
+        states = model.network.encode().state
+        model.network.graph = ops.Graph.from_edges([], [], len(states))
+        torch.testing.assert_close(model.network.encode().state, states, rtol=0, atol=0)
     assert np.isfinite(model.deltas(data[0], data[1].test)).all()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from agreement import assert_close, compare
+from graphs import csr, normal, random_graph
 
 from perturbcore import ops
 from perturbcore.kernels.graph import reference
@@ -16,22 +17,6 @@ from perturbcore.kernels.graph import reference
 f32, f64 = torch.float32, torch.float64
 MASKS = [("hard", f32), ("soft", f32), ("soft", f64), ("nothing", f32), ("all", f64)]
 SHAPES = {"no nodes": (0, 0), "one node": (1, 3), "isolated nodes": (9, 2), "odd": (67, 501), "hubs": (40, 1501)}
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def random_graph(nodes, edges, weighted=False):
-    """Hubs, self edges, duplicates, and a last node that nothing enters."""
-    generator = torch.Generator().manual_seed(0)
-    src = (torch.rand(edges, generator=generator) ** 3 * nodes).long()
-    dst = (torch.rand(edges, generator=generator) ** 2 * max(nodes - 1, 1)).long()
-    return ops.Graph.from_edges(src, dst, nodes, normal(edges) if weighted else None)
-
-
-def csr(graph):
-    return graph.rowptr, graph.col, graph.t_rowptr, graph.t_col, graph.t_perm
 
 
 def some_mask(kind, *shape):
