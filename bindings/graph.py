@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from perturbcore.bindings import backend
+from perturbcore.bindings.checks import choose, finite, no_second_order, refuse, values
 from perturbcore.bindings.csr import Graph
 from perturbcore.bindings.schemas import library
 
@@ -26,18 +27,18 @@ def spmm(graph: Graph, x: Tensor, weight: Tensor | None = None, reduce: Literal[
     incoming edges; a node without any gets 0. float32 or float64; differentiable in ``x`` and ``weight``. Keeps nothing
     beside its inputs.
     """
-    _choose("reduce", reduce, ("sum", "mean"))
-    x = _values("x", x, graph.device, None)
+    choose("reduce", reduce, ("sum", "mean"))
+    x = values("x", x, graph.device, None)
     if x.dim() not in (2, 3) or x.shape[-2] != graph.num_nodes:
-        raise _refuse("x", x, f"[{graph.num_nodes}, D] or [B, {graph.num_nodes}, D]")
+        raise refuse("x", x, f"[{graph.num_nodes}, D] or [B, {graph.num_nodes}, D]")
     if weight is None:
         weight = None if graph.weight is None else graph.weight.to(x.dtype)
     else:
-        weight = _values("weight", weight, x.device, x.dtype)
+        weight = values("weight", weight, x.device, x.dtype)
         if weight.dim() not in (1, 2) or weight.shape[-1] != graph.num_edges:
-            raise _refuse("weight", weight, f"[{graph.num_edges}] or [B, {graph.num_edges}]")
+            raise refuse("weight", weight, f"[{graph.num_edges}] or [B, {graph.num_edges}]")
         if weight.dim() == 2 and x.dim() == 3 and weight.shape[0] != x.shape[0]:
-            raise _refuse("weight", weight, f"[{x.shape[0]}, {graph.num_edges}], the batch of x")
+            raise refuse("weight", weight, f"[{x.shape[0]}, {graph.num_edges}], the batch of x")
     batched = x.dim() == 3 or (weight is not None and weight.dim() == 2)
     y = _ops.spmm.default(
         *_csr(graph),
@@ -55,14 +56,14 @@ def sddmm(graph: Graph, a: Tensor, b: Tensor) -> Tensor:
     ``a`` (destinations) and ``b`` (sources) [N, D] or [B, N, D]; returns [B, E] if either has a batch, else [E], in the
     order of ``graph.col``. float32 or float64; differentiable in ``a`` and ``b``. Keeps nothing beside its inputs.
     """
-    a = _values("a", a, graph.device, None)
+    a = values("a", a, graph.device, None)
     if a.dim() not in (2, 3) or a.shape[-2] != graph.num_nodes:
-        raise _refuse("a", a, f"[{graph.num_nodes}, D] or [B, {graph.num_nodes}, D]")
-    b = _values("b", b, a.device, a.dtype)
+        raise refuse("a", a, f"[{graph.num_nodes}, D] or [B, {graph.num_nodes}, D]")
+    b = values("b", b, a.device, a.dtype)
     if b.dim() not in (2, 3) or b.shape[-2:] != a.shape[-2:]:
-        raise _refuse("b", b, f"{list(a.shape[-2:])} or {['B', *a.shape[-2:]]}".replace("'", ""))
+        raise refuse("b", b, f"{list(a.shape[-2:])} or {['B', *a.shape[-2:]]}".replace("'", ""))
     if a.dim() == b.dim() == 3 and a.shape[0] != b.shape[0]:
-        raise _refuse("b", b, f"{list(a.shape)}, the batch of a")
+        raise refuse("b", b, f"{list(a.shape)}, the batch of a")
     y = _ops.sddmm.default(*_csr(graph), a if a.dim() == 3 else a[None], b if b.dim() == 3 else b[None])
     return cast(Tensor, y) if a.dim() == 3 or b.dim() == 3 else cast(Tensor, y)[0]
 
@@ -88,30 +89,30 @@ def masked_spmm(
     sends nothing, and NaN is its result and its gradient. Source: the re-encoding of the selected subgraph of AdaPert
     (arXiv 2602.18885).
     """
-    x = _values("x", x, graph.device, None)
+    x = values("x", x, graph.device, None)
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = mask.to(x.dtype)
-    mask = _values("mask", mask, x.device, x.dtype)
+    mask = values("mask", mask, x.device, x.dtype)
     nodes = graph.num_nodes
     ptr, idx = _candidates(candidates, None, x.device)
     if idx is None:
         if mask.dim() != 2 or mask.shape[1] != nodes:
-            raise _refuse("mask", mask, f"[B, {nodes}]")
+            raise refuse("mask", mask, f"[B, {nodes}]")
         if x.dim() not in (2, 3) or x.shape[-2] != nodes:
-            raise _refuse("x", x, f"[{nodes}, D] or [B, {nodes}, D]")
+            raise refuse("x", x, f"[{nodes}, D] or [B, {nodes}, D]")
         if x.dim() == 3 and x.shape[0] != mask.shape[0]:
-            raise _refuse("x", x, f"[{nodes}, D] or [{mask.shape[0]}, {nodes}, D], the batch of mask")
+            raise refuse("x", x, f"[{nodes}, D] or [{mask.shape[0]}, {nodes}, D], the batch of mask")
     else:
         if mask.shape != idx.shape:
-            raise _refuse("mask", mask, f"{list(idx.shape)}, one per candidate")
+            raise refuse("mask", mask, f"{list(idx.shape)}, one per candidate")
         if x.dim() != 2 or x.shape[0] != idx.shape[0]:
-            raise _refuse("x", x, f"[{idx.shape[0]}, D], a row per candidate")
+            raise refuse("x", x, f"[{idx.shape[0]}, D], a row per candidate")
     if weight is None:
         weight = None if graph.weight is None else graph.weight.to(x.dtype)
     else:
-        weight = _values("weight", weight, x.device, x.dtype)
+        weight = values("weight", weight, x.device, x.dtype)
         if weight.shape != graph.col.shape:
-            raise _refuse("weight", weight, f"[{graph.num_edges}]")
+            raise refuse("weight", weight, f"[{graph.num_edges}]")
     return cast(Tensor, _ops.masked_spmm.default(*_csr(graph), weight, x, mask, ptr, idx))
 
 
@@ -133,14 +134,14 @@ def gatv2(
     differentiable in ``u``, ``v`` and ``att``. Keeps one number per node and head; the backward pass works on two per
     edge and head. Source: Brody et al., ICLR 2022, equation 7.
     """
-    u = _values("u", u, graph.device, None)
+    u = values("u", u, graph.device, None)
     if u.dim() != 3 or u.shape[0] != graph.num_nodes:
-        raise _refuse("u", u, f"[{graph.num_nodes}, H, C]")
-    v, att = _values("v", v, u.device, u.dtype), _values("att", att, u.device, u.dtype)
+        raise refuse("u", u, f"[{graph.num_nodes}, H, C]")
+    v, att = values("v", v, u.device, u.dtype), values("att", att, u.device, u.dtype)
     for name, value, shape in (("v", v, u.shape), ("att", att, u.shape[1:])):
         if value.shape != shape:
-            raise _refuse(name, value, str(list(shape)))
-    _finite("negative_slope", negative_slope)
+            raise refuse(name, value, str(list(shape)))
+    finite("negative_slope", negative_slope)
     y, lse = _ops.gatv2.default(*_csr(graph), u, v, att, float(negative_slope))
     if not return_attention:
         return cast(Tensor, y)
@@ -187,27 +188,27 @@ def gated_pool(
     candidate that is no node, as that would wait for the device: NaN is its score, and what is pooled for its query.
     Source: the selection of AdaPert (arXiv 2602.18885, section 3.3), factorised.
     """
-    _choose("pool", pool, ("sqrt", "sum", "mean"))
-    a = _values("a", a, None, None)
+    choose("pool", pool, ("sqrt", "sum", "mean"))
+    a = values("a", a, None, None)
     if a.dim() != 2:
-        raise _refuse("a", a, "[N, k]")
-    q, w, h = (_values(name, t, a.device, a.dtype) for name, t in (("q", q), ("w", w), ("h", h)))
+        raise refuse("a", a, "[N, k]")
+    q, w, h = (values(name, t, a.device, a.dtype) for name, t in (("q", q), ("w", w), ("h", h)))
     if q.dim() != 2 or q.shape[1] != a.shape[1]:
-        raise _refuse("q", q, f"[B, {a.shape[1]}]")
+        raise refuse("q", q, f"[B, {a.shape[1]}]")
     if w.shape != a.shape[1:]:
-        raise _refuse("w", w, f"[{a.shape[1]}]")
+        raise refuse("w", w, f"[{a.shape[1]}]")
     if h.dim() != 2 or h.shape[0] != a.shape[0]:
-        raise _refuse("h", h, f"[{a.shape[0]}, D]")
+        raise refuse("h", h, f"[{a.shape[0]}, D]")
     if bias is not None:
-        bias = _values("bias", bias, a.device, a.dtype)
+        bias = values("bias", bias, a.device, a.dtype)
         if bias.shape != w.shape:
-            raise _refuse("bias", bias, f"[{a.shape[1]}]")
+            raise refuse("bias", bias, f"[{a.shape[1]}]")
         q = q + bias
     if not 0 < tau < math.inf:
         raise ValueError(f"tau is {tau}; expected a finite number above 0.")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}; expected a number between 0 and 1.")
-    _finite("negative_slope", negative_slope)
+    finite("negative_slope", negative_slope)
     if seed is not None and not (isinstance(seed, Integral) and -(2**63) <= seed < 2**63):
         raise ValueError(f"seed is {seed}; expected an integer of 64 bits.")
     ptr, idx = _candidates(candidates, q.shape[0], a.device)
@@ -232,37 +233,10 @@ def _candidates(
             given = getattr(t, "dtype", type(t).__name__)
             raise ValueError(f"{name} is a {given}; expected a tensor of integers {expected}.")
         if t.dim() != 1 or t.device != device:
-            raise _refuse(name, t, f"{expected} on {device}")
+            raise refuse(name, t, f"{expected} on {device}")
     if n_queries is not None and ptr.shape[0] != n_queries + 1:
-        raise _refuse("candidates[0]", ptr, f"[{n_queries + 1}], one more than queries")
+        raise refuse("candidates[0]", ptr, f"[{n_queries + 1}], one more than queries")
     return ptr.long(), idx.long()
-
-
-def _values(name: str, value: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
-    """Check a floating tensor; under autocast it is computed in float32."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor.")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} is on {value.device}; expected {device}, where the others are.")
-    if value.is_floating_point() and not value.is_meta and torch.is_autocast_enabled(value.device.type):
-        value = value.float()
-    if value.dtype not in ((torch.float32, torch.float64) if dtype is None else (dtype,)):
-        raise ValueError(f"{name} has dtype {value.dtype}; expected {dtype or 'torch.float32 or torch.float64'}.")
-    return value
-
-
-def _choose(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, options))}.")
-
-
-def _finite(name: str, value: float) -> None:
-    if not abs(value) < math.inf:  # false for NaN; unlike math.isfinite, dynamo follows it
-        raise ValueError(f"{name} is {value}; expected a finite number.")
-
-
-def _refuse(name: str, value: Tensor, expected: str) -> ValueError:
-    return ValueError(f"{name} has shape {list(value.shape)}; expected {expected}.")
 
 
 @register_fake("perturbcore::spmm", lib=library)
@@ -371,14 +345,10 @@ def _gated_pool_grad(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     return (*_ops.gated_pool_backward.default(*inputs, *ctx.options, *outputs, *grads[:3]), *(None,) * 9)
 
 
-def _no_second_order(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("The graph ops are differentiable once; a gradient of their gradient is not implemented.")
-
-
 register_autograd("perturbcore::spmm", _spmm_grad, setup_context=_save_inputs, lib=library)
 register_autograd("perturbcore::sddmm", _sddmm_grad, setup_context=_save_inputs, lib=library)
 register_autograd("perturbcore::masked_spmm", _masked_spmm_grad, setup_context=_save_inputs, lib=library)
 register_autograd("perturbcore::gatv2", _gatv2_grad, setup_context=_gatv2_setup, lib=library)
 register_autograd("perturbcore::gated_pool", _gated_pool_grad, setup_context=_gated_pool_setup, lib=library)
 for _op in ("spmm_backward", "sddmm_backward", "masked_spmm_backward", "gatv2_backward", "gated_pool_backward"):
-    register_autograd(f"perturbcore::{_op}", _no_second_order, lib=library)
+    register_autograd(f"perturbcore::{_op}", no_second_order, lib=library)

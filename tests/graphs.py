@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from inputs import normal
 
 from perturbcore import ops
 
@@ -19,10 +20,6 @@ def random_graph(nodes, edges, seed=0, weighted=False):
     src = (torch.rand(edges, generator=generator) ** 3 * nodes).long()
     dst = (torch.rand(edges, generator=generator) ** 2 * max(nodes - 1, 1)).long()
     return ops.Graph.from_edges(src, dst, nodes, normal(edges) if weighted else None)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
 
 GRAPHS = {

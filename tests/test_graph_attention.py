@@ -6,6 +6,7 @@ import pytest
 import torch
 from agreement import assert_close, compare
 from graphs import DTYPES, GRAPHS, csr, normal, random_graph
+from inputs import requiring_grad
 
 from perturbcore import ops
 from perturbcore.kernels.graph import reference
@@ -201,3 +202,24 @@ def test_gated_pool_opens_gates_as_often_as_the_score_says(backend):
     }
     share = float(ops.gated_pool(**inputs, seed=0).gate.mean())
     assert share == pytest.approx(1 / (1 + math.exp(-score)), abs=4 * 0.5 / 40_000**0.5)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_straight_through_gradient_is_that_of_the_soft_gate(backend, hard):
+    a, q, w, h = requiring_grad([normal(5, 3), normal(3, 3, seed=1), normal(3), normal(5, 2)])
+    gate = ops.gated_pool(a, q, w, h, hard=hard, seed=3).gate
+    soft = ops.gated_pool(a, q, w, h, hard=False, seed=3).gate
+    for gradient, expected in zip(
+        torch.autograd.grad(gate.sum(), (a, q, w)), torch.autograd.grad(soft.sum(), (a, q, w)), strict=True
+    ):
+        assert_close(gradient, expected)
+
+
+def test_pooling_over_all_nodes_repeats_its_bits():
+    inputs = requiring_grad([normal(*shape, dtype=torch.float32) for shape in ((900, 33), (3, 33), (33,), (900, 21))])
+    seen = []
+    for _ in range(3):
+        pooled = ops.gated_pool(*inputs, seed=1).pooled
+        seen.append([pooled, *torch.autograd.grad(pooled.square().sum(), inputs)])
+    for other in seen[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(seen[0], other, strict=True))

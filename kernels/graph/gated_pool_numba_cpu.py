@@ -28,9 +28,10 @@ from perturbcore.kernels.common.numba_cpu import (
     scalar,
     sigmoid,
 )
+from perturbcore.kernels.common.shapes import check_shape
 from perturbcore.kernels.graph.checks_numba_cpu import check_csr
 from perturbcore.kernels.graph.reference import norm, norm_backward
-from perturbcore.kernels.graph.structure import check_shape, rows
+from perturbcore.kernels.graph.structure import rows
 
 TILE = 128  # nodes, a multiple of 4
 PARTS = 16  # of the nodes, in backward passes that sum over them

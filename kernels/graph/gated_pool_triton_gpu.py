@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perturbcore.kernels.common.shapes import check_shape
 from perturbcore.kernels.common.triton_gpu import entries_of, indices_at, rows_of
 from perturbcore.kernels.graph.gate_triton_gpu import gate_options, score_gradient_, write_gates
 from perturbcore.kernels.graph.reference import norm, norm_backward
-from perturbcore.kernels.graph.structure import check_shape
 
 TILE = {"BLOCK_P": 16, "BLOCK_V": 64}  # queries × nodes
 PAIRS = {"BLOCK_E": 64, "BLOCK_K": 32}  # pairs × hidden, or entries of a list × features

@@ -16,8 +16,8 @@ from numba import prange
 from torch import Tensor
 
 from perturbcore.kernels.common.numba_cpu import exp, first_row, inner, kernel, prefetch, run, scalar
+from perturbcore.kernels.common.shapes import check_shape
 from perturbcore.kernels.graph.checks_numba_cpu import check_csr, check_index
-from perturbcore.kernels.graph.structure import check_shape
 
 PARTS = 64  # of a graph
 AHEAD = 2  # edges

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perturbcore.kernels.common.shapes import check_shape
 from perturbcore.kernels.common.triton_gpu import entries_of, indices_at
-from perturbcore.kernels.graph.structure import check_shape
 
 MAX_BLOCK_EDGES = 16
 BLOCK_NUMBERS = 2048  # of a block of edges × channels; rows longer than that come one at a time

@@ -16,9 +16,10 @@ from numba import prange
 from torch import Tensor
 
 from perturbcore.kernels.common.numba_cpu import inner, kernel, run
+from perturbcore.kernels.common.shapes import check_shape
 from perturbcore.kernels.graph.checks_numba_cpu import check_csr, check_index
 from perturbcore.kernels.graph.rows_numba_cpu import sum_rows
-from perturbcore.kernels.graph.structure import check_shape, masked_spmm_shapes, refuse_repeats
+from perturbcore.kernels.graph.structure import masked_spmm_shapes, refuse_repeats
 
 TASKS = 32  # at least so many, for two or three queries to keep all threads busy
 PARTS = 16  # of the nodes, where the queries are summed over

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perturbcore.kernels.common.shapes import check_shape
 from perturbcore.kernels.common.triton_gpu import entries_of, indices_at, rows_of
-from perturbcore.kernels.graph.structure import check_shape, masked_spmm_shapes
+from perturbcore.kernels.graph.structure import masked_spmm_shapes
 
 BLOCK_EDGES = 8
 MAX_BLOCK_FEATURES = 128

@@ -7,6 +7,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from perturbcore.kernels.common.shapes import check_shape
+
 
 def check_csr(ptr: Tensor, index: Tensor, bound: int, names: tuple[str, str]) -> None:
     """Refuse a CSR structure that points outside ``index``, or whose indices lie outside ``0 .. bound - 1``."""
@@ -22,12 +24,6 @@ def check_index(name: str, index: Tensor, bound: int) -> None:
         low, high = (int(v) for v in index.aminmax())
         if low < 0 or high >= bound:
             raise ValueError(f"{name} holds the index {low if low < 0 else high}; expected 0 to {bound - 1}.")
-
-
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor of another shape."""
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}.")
 
 
 def spmm_batch(
