@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
+import torch
 from scipy import sparse, stats
 
 from perturbcore.data import Condition, Perturbation, simulate
 from perturbcore.metrics import deg_labels, differential_expression, rank_sum
-from perturbcore.metrics.de import GENES_PER_CHUNK
+from perturbcore.metrics.rank_sum_numba import FEW, ROWS
 
 
 def expression(n_cells: int, n_genes: int, seed: int) -> np.ndarray:
@@ -18,18 +21,77 @@ def expression(n_cells: int, n_genes: int, seed: int) -> np.ndarray:
     return np.log1p(counts * rng.choice([0.5, 1.0, 1.7], (n_cells, 1))).astype(np.float32)
 
 
-@pytest.mark.parametrize("n_genes", [1, GENES_PER_CHUNK, GENES_PER_CHUNK + 3])
-@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
-def test_rank_sum_equals_scipy(n_genes, form):
-    sizes = [7, 1, 40]
-    ptr = np.cumsum([0, *sizes])
-    cells, control = expression(sum(sizes), n_genes, 0), expression(33, n_genes, 1)
-    u, p_value = rank_sum(form(cells), ptr, form(control))
+def assert_scipys(got: tuple[np.ndarray, np.ndarray], cells: np.ndarray, ptr: np.ndarray, control: np.ndarray) -> None:
     cells, control = cells.astype(float), control.astype(float)  # SciPy computes p-values in the dtype of the samples
-    for row in range(len(sizes)):
-        expected = stats.mannwhitneyu(cells[ptr[row] : ptr[row + 1]], control, method="asymptotic", axis=0)
-        np.testing.assert_array_equal(u[row], expected.statistic)
-        np.testing.assert_allclose(p_value[row], expected.pvalue, rtol=0, atol=1e-10)
+    for u, p_value, (first, last) in zip(*got, pairwise(ptr), strict=True):
+        expected = stats.mannwhitneyu(cells[first:last], control, method="asymptotic", axis=0)
+        np.testing.assert_array_equal(u, expected.statistic)
+        np.testing.assert_allclose(p_value, expected.pvalue, rtol=1e-10, atol=1e-300)
+
+
+def untidy(x: np.ndarray) -> sparse.csr_matrix:
+    """The same matrix with every entry stored in two halves, zeros stored too, columns backwards."""
+    rows, genes = np.indices(x.shape)[:, :, ::-1].reshape(2, -1)
+    halves = np.repeat(x[rows, genes] / 2, 2)
+    return sparse.csr_matrix((halves, np.repeat(genes, 2), np.arange(len(x) + 1) * 2 * x.shape[1]), shape=x.shape)
+
+
+@pytest.mark.parametrize("n_genes", [1, 67])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("form", [np.asarray, np.asfortranarray, sparse.csr_matrix, sparse.csc_matrix, untidy])
+def test_rank_sum_equals_scipy(n_genes, dtype, form):
+    ptr = np.cumsum([0, 7, 1, 40])
+    cells, control = expression(48, n_genes, 0).astype(dtype), expression(33, n_genes, 1).astype(dtype)
+    assert_scipys(rank_sum(form(cells), ptr, form(control)), cells, ptr, control)
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+def test_groups_of_many_cells_equal_scipy(form):
+    ptr = np.cumsum([0, FEW, 2 * ROWS + 5, FEW + 1, ROWS])
+    cells, control = expression(ptr[-1], 4, 0), expression(ROWS + 1, 4, 1)
+    cells[ptr[1] : ptr[2]] *= 1.3  # p-values far down
+    u, p_value = rank_sum(form(cells), ptr, form(control))
+    assert p_value.min() < 1e-20
+    assert_scipys((u, p_value), cells, ptr, control)
+
+
+def test_whole_numbers_are_taken_as_they_are():
+    counts, control = (np.random.default_rng(seed).poisson(1.0, (30, 5)) for seed in (0, 1))
+    assert_scipys(rank_sum(counts, np.array([0, 30]), control), counts, np.array([0, 30]), control)
+
+
+def test_sparse_cells_are_neither_made_dense_nor_changed(monkeypatch):
+    cells, control = sparse.csr_matrix(expression(40, 9, 0)), sparse.csr_matrix(expression(30, 9, 1))
+    before = cells.copy(), control.copy()
+
+    def refuse(*_, **__):
+        raise AssertionError("made dense")
+
+    for name in ("toarray", "todense"):
+        monkeypatch.setattr(sparse.csr_matrix, name, refuse)
+        monkeypatch.setattr(sparse.csc_matrix, name, refuse)
+    differential_expression(cells, np.array([0, 15, 40]), control)
+    for left, right in zip(before, (cells, control), strict=True):
+        for part in ("data", "indices", "indptr"):
+            np.testing.assert_array_equal(getattr(left, part), getattr(right, part))
+
+
+def test_threads_and_storage_do_not_change_a_bit():
+    cells, control = expression(300, 40, 0), expression(200, 40, 1)
+    ptr = np.array([0, 30, 31, 200, 300])
+    threads = torch.get_num_threads()
+    try:
+        tables = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            tables += [
+                differential_expression(form(cells), ptr, form(control)) for form in (np.asarray, sparse.csr_array)
+            ]
+    finally:
+        torch.set_num_threads(threads)
+    for other in tables[1:]:
+        for part in ("log2_fold_change", "p_value", "fdr"):
+            np.testing.assert_array_equal(getattr(tables[0], part), getattr(other, part))
 
 
 def test_rank_sum_by_hand():
@@ -38,12 +100,13 @@ def test_rank_sum_by_hand():
     assert u.item() == 5.0
 
 
-def test_negative_values_and_no_ties():
+def test_negative_values_with_and_without_ties():
     rng = np.random.default_rng(2)
+    ptr = np.array([0, 10, 30])
     cells, control = rng.normal(size=(30, 5)), rng.normal(0.5, 1, (20, 5))
-    _, p_value = rank_sum(cells, np.array([0, 30]), control)
-    expected = stats.mannwhitneyu(cells, control, method="asymptotic", axis=0).pvalue
-    np.testing.assert_allclose(p_value[0], expected, rtol=1e-12)
+    assert_scipys(rank_sum(cells, ptr, control), cells, ptr, control)
+    cells, control = np.round(cells), np.round(control)
+    assert_scipys(rank_sum(sparse.csr_array(cells), ptr, sparse.csr_array(control)), cells, ptr, control)
 
 
 def test_constant_gene_has_p_one():
@@ -51,15 +114,19 @@ def test_constant_gene_has_p_one():
     assert p_value.item() == 1.0
 
 
-def test_group_without_cells_or_controls_is_undefined():
-    cells = expression(5, 3, 0)
-    table = differential_expression(cells, np.array([0, 0, 5]), expression(6, 3, 1))
-    assert np.isnan(table.p_value[0]).all()
-    assert np.isnan(table.fdr[0]).all()
-    assert np.isnan(table.log2_fold_change[0]).all()
-    assert np.isfinite(table.p_value[1]).all()
-    assert not table.significant()[0].any()
-    assert np.isnan(rank_sum(cells, np.array([0, 5]), np.empty((0, 3)))[1]).all()
+def test_a_group_of_fewer_than_two_cells_cannot_be_tested():
+    cells, control = expression(8, 3, 0), expression(6, 3, 1)
+    ptr = np.array([0, 0, 1, 8])
+    table = differential_expression(cells, ptr, control)
+    assert table.tested.tolist() == [False, False, True]
+    for array in (table.p_value, table.fdr, table.log2_fold_change):
+        assert np.isnan(array[:2]).all()
+        assert not np.isnan(array[2]).any()
+    assert not table.significant()[:2].any()
+    for few in (control[:0], control[:1]):
+        assert not differential_expression(cells, ptr, few).tested.any()
+    assert np.isnan(rank_sum(cells, ptr, control)[1][0]).all()
+    assert np.isnan(rank_sum(cells, ptr, control[:0])[1]).all()
 
 
 def test_fdr_is_scipys_per_group():
@@ -72,7 +139,7 @@ def test_fold_change_is_of_means_back_on_the_count_scale():
     cells, control = np.log1p([[3.0, 0, 0, 1], [3.0, 0, 0, 1]]), np.log1p([[1.0, 0, 2, 0], [1.0, 0, 2, 0]])
     lfc = differential_expression(cells, np.array([0, 2]), control).log2_fold_change[0]
     np.testing.assert_allclose(lfc, [np.log2(3), 0.0, -np.inf, np.inf])
-    uneven = differential_expression(np.log1p([[0.0], [8.0]]), np.array([0, 2]), np.log1p([[1.0]]))
+    uneven = differential_expression(np.log1p([[0.0], [8.0]]), np.array([0, 2]), np.log1p([[1.0], [1.0]]))
     assert uneven.log2_fold_change.item() == pytest.approx(np.log2(np.expm1(np.log1p(8) / 2)))
 
 
@@ -81,10 +148,10 @@ def test_order_of_cells_within_a_group_does_not_matter():
     cells, control = expression(20, 9, 0), expression(15, 9, 1)
     ptr = np.array([0, 8, 20])
     shuffled = np.concatenate([cells[:8][rng.permutation(8)], cells[8:][rng.permutation(12)]])
-    for first, second in zip(
-        rank_sum(cells, ptr, control), rank_sum(shuffled, ptr, control[rng.permutation(15)]), strict=True
-    ):
-        np.testing.assert_array_equal(first, second)
+    first = differential_expression(cells, ptr, control)
+    second = differential_expression(shuffled, ptr, control[rng.permutation(15)])
+    for part in ("log2_fold_change", "p_value", "fdr"):
+        np.testing.assert_array_equal(getattr(first, part), getattr(second, part))
 
 
 @pytest.mark.parametrize(

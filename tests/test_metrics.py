@@ -153,6 +153,24 @@ def test_overlap_and_precision_cut_both_lists_at_the_same_depth(k, overlap, prec
     assert precision_at(comparison, k).item() == pytest.approx(precision)
 
 
+@pytest.mark.parametrize("side", ["de_real", "de_pred"])
+def test_what_cannot_be_tested_is_not_scored_as_zero(side):
+    whole = random_comparison(0)
+    without = replace(whole, **{side: None})
+    tables = {name: np.array(getattr(getattr(whole, side), name)) for name in ("log2_fold_change", "p_value", "fdr")}
+    for array in tables.values():
+        array[2] = np.nan  # as of a single cell
+    partly = replace(whole, **{side: DETable(**tables)})
+    for metric in METRICS.values():
+        if metric.level == "perturbation":
+            expected = value(metric.name, whole)
+            expected[2] = value(metric.name, without)[2]
+            np.testing.assert_array_equal(value(metric.name, partly), expected, err_msg=metric.name)
+    drawn = np.ones((1, whole.num_perturbations))
+    drawn[0, 2] = 0
+    assert value("de_spearman_sig", partly) == value("de_spearman_sig", whole, drawn)
+
+
 def test_infinite_fold_changes_rank_first_and_ties_go_to_the_lower_column():
     lfc = np.tile([1.0, -np.inf, 2, np.inf], 50)  # long enough for an unstable sort to show
     comparison = compare(np.zeros((1, 200)), np.zeros((1, 200)), de_real=table(lfc, np.zeros(200)))

@@ -1,10 +1,9 @@
-"""Differential expression: vectorised rank-sum test, Benjamini-Hochberg correction and log2 fold change."""
+"""Differential expression: rank-sum test, Benjamini-Hochberg correction and log2 fold change."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,21 +14,28 @@ from scipy.stats import false_discovery_control
 
 if TYPE_CHECKING:
     from perturbcore.data import Condition, Screen
+    from perturbcore.metrics.rank_sum_numba import RankSums
 
 Matrix: TypeAlias = Any  # NumPy array or scipy.sparse CSR, [cells, G]
-GENES_PER_CHUNK = 64  # dense columns held at once: cells × 64 values
+FEWEST_CELLS = 2  # one cell has no spread to test a difference against
 
 
 @dataclass(frozen=True)
 class DETable:
     """Differential expression of P groups against one control population, over G genes; every array is float64 [P, G].
 
-    `log2_fold_change` may be ±inf (expressed on one side only); a group without cells is NaN throughout.
+    `log2_fold_change` may be ±inf (expressed on one side only). A group that cannot be tested, of fewer than two cells
+    or against fewer than two controls, is NaN throughout.
     """
 
     log2_fold_change: NDArray[np.float64]
     p_value: NDArray[np.float64]
     fdr: NDArray[np.float64]
+
+    @property
+    def tested(self) -> NDArray[np.bool_]:
+        """Groups that could be tested: bool [P]."""
+        return ~np.isnan(self.fdr).any(axis=1)
 
     def significant(self, alpha: float = 0.05) -> NDArray[np.bool_]:
         """Genes called differentially expressed, `fdr < alpha`: bool [P, G]; False where the test is undefined."""
@@ -68,20 +74,8 @@ def rank_sum(cells: Matrix, ptr: NDArray[np.int64], control: Matrix) -> tuple[ND
     Raises:
         ValueError: gene counts differ, `ptr` does not cover the rows, or a value is not finite.
     """
-    ptr = np.asarray(ptr, dtype=np.int64)
-    _check(cells, ptr, control)
-    sizes = np.diff(ptr)
-    n_genes = cells.shape[1]
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    cell_columns, control_columns = _by_column(cells), _by_column(control)
-    u = np.empty((len(sizes), n_genes))
-    ties = np.empty_like(u)
-    for start in range(0, n_genes, GENES_PER_CHUNK):
-        genes = slice(start, min(start + GENES_PER_CHUNK, n_genes))
-        cell_block, control_block = _dense(cell_columns, genes), _dense(control_columns, genes)
-        for column, gene in enumerate(range(genes.start, genes.stop)):
-            u[:, gene], ties[:, gene] = _u_and_ties(cell_block[column], owner, control_block[column], len(sizes))
-    return u, _normal_p_value(u, ties, sizes[:, None].astype(float), float(control.shape[0]))
+    sums, _ = _rank_sums(cells, ptr, control)
+    return sums.u, _p_value(sums, np.diff(ptr), control.shape[0])
 
 
 def differential_expression(cells: Matrix, ptr: NDArray[np.int64], control: Matrix) -> DETable:
@@ -89,18 +83,20 @@ def differential_expression(cells: Matrix, ptr: NDArray[np.int64], control: Matr
 
     Arguments as in `rank_sum`, on the log1p scale. The fold change is pdex's default, the one cell-eval 0.8.2 uses:
     log2(expm1(mean of the group) / expm1(mean of the controls)), means taken on the log1p scale, no pseudocount. 0 / 0
-    is no change (0); one-sided zeros stay ±inf.
+    is no change (0); one-sided zeros stay ±inf. A group of fewer than two cells is NaN throughout, as are all groups
+    with fewer than two controls.
     """
-    _, p_value = rank_sum(cells, ptr, control)
+    sums, control_total = _rank_sums(cells, ptr, control)
+    sizes, num_controls = np.diff(ptr), control.shape[0]
+    p_value = _p_value(sums, sizes, num_controls)
     with np.errstate(divide="ignore", invalid="ignore"):
-        group_mean = np.stack([_mean(cells[a:b]) for a, b in pairwise(ptr)])
-        log2_fold_change = np.log2(np.expm1(group_mean)) - np.log2(np.expm1(_mean(control)))
-    tested = np.isfinite(p_value).all(axis=1)
+        log2_fold_change = _log2_expm1(sums.total / sizes[:, None]) - _log2_expm1(control_total / num_controls)
     log2_fold_change[np.isnan(log2_fold_change)] = 0.0
-    log2_fold_change[~tested] = np.nan
+    untested = (sizes < FEWEST_CELLS) | (num_controls < FEWEST_CELLS)
+    p_value[untested] = log2_fold_change[untested] = np.nan
     fdr = np.full_like(p_value, np.nan)
     if p_value.shape[1]:
-        fdr[tested] = false_discovery_control(p_value[tested], axis=1)
+        fdr[~untested] = false_discovery_control(p_value[~untested], axis=1)
     return DETable(log2_fold_change, p_value, fdr)
 
 
@@ -110,8 +106,8 @@ def deg_labels(
     """Differentially expressed genes of each condition against the controls of its context.
 
     A gene is labelled when its FDR < `fdr` and |log2 fold change| > `min_abs_lfc`; at most `cap` per condition, the
-    largest |log2 fold change| first (AdaPert's labels). Only the cells of `conditions` and the controls are looked at,
-    so pass training conditions to keep test responses out.
+    largest |log2 fold change| first (AdaPert's labels); a condition of one cell has none. Only the cells of
+    `conditions` and the controls are looked at, so pass training conditions to keep test responses out.
 
     Raises:
         ValueError: the screen holds counts, a condition was not measured, or its context has no controls.
@@ -147,50 +143,25 @@ def _check(cells: Matrix, ptr: NDArray[np.int64], control: Matrix) -> None:
             raise ValueError(f"{name} holds a value that is not finite; a rank-sum test needs finite expression.")
 
 
-def _by_column(matrix: Matrix) -> Any:
-    return matrix.tocsc() if sparse.issparse(matrix) else np.asarray(matrix)
+def _rank_sums(cells: Matrix, ptr: NDArray[np.int64], control: Matrix) -> tuple[RankSums, NDArray[np.float64]]:
+    from perturbcore.metrics.rank_sum_numba import rank_sums  # Numba is imported by those who test
+
+    ptr = np.asarray(ptr, dtype=np.int64)
+    _check(cells, ptr, control)
+    return rank_sums(cells, ptr, control)
 
 
-def _dense(columns: Any, genes: slice) -> NDArray[Any]:
-    block = columns[:, genes]
-    return np.ascontiguousarray((block.toarray() if sparse.issparse(block) else block).T)  # [genes, cells]
+def _log2_expm1(mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.log2(np.expm1(np.maximum(mean, 0.0)))
 
 
-def _mean(matrix: Matrix) -> NDArray[np.float64]:
-    if not matrix.shape[0]:
-        return np.full(matrix.shape[1], np.nan)
-    # a rounding error below zero would make the logarithm of the mean undefined
-    return np.maximum(np.asarray(matrix.mean(axis=0, dtype=np.float64)).ravel(), 0.0)
-
-
-def _u_and_ties(
-    cells: NDArray[Any], owner: NDArray[np.int64], control: NDArray[Any], n_groups: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """U of each group and its tie term Σ(t³ − t), for one gene; all cells are sorted once, the controls among them."""
-    values, code = np.unique(np.concatenate([control, cells]), return_inverse=True)
-    n_values, n_controls = len(values), len(control)
-    in_control = np.bincount(code[:n_controls], minlength=n_values).astype(np.float64)
-    code = code[n_controls:]
-    below = np.cumsum(in_control) - in_control / 2  # controls below a value, those equal to it counted half
-    u = np.bincount(owner, weights=below[code], minlength=n_groups)
-
-    key, in_group = np.unique(owner * n_values + code, return_counts=True)
-    group, value = np.divmod(key, max(n_values, 1))
-    added = _tie_term(in_control[value] + in_group) - _tie_term(in_control[value])
-    return u, _tie_term(in_control).sum() + np.bincount(group, weights=added, minlength=n_groups)
-
-
-def _tie_term(size: NDArray[np.float64]) -> NDArray[np.float64]:
-    return size**3 - size
-
-
-def _normal_p_value(
-    u: NDArray[np.float64], ties: NDArray[np.float64], n: NDArray[np.float64], m: float
-) -> NDArray[np.float64]:
+def _p_value(sums: RankSums, sizes: NDArray[np.int64], num_controls: int) -> NDArray[np.float64]:
+    """Normal approximation with tie and continuity correction, two-sided; NaN without cells on one of the sides."""
+    n, m = sizes[:, None].astype(float), float(num_controls)
     total = n + m
     with np.errstate(divide="ignore", invalid="ignore"):
-        variance = n * m / 12 * (total + 1 - ties / (total * (total - 1)))
-        z = (np.maximum(u, n * m - u) - n * m / 2 - 0.5) / np.sqrt(np.maximum(variance, 0.0))
+        variance = n * m / 12 * (total + 1 - sums.ties / (total * (total - 1)))
+        z = (np.maximum(sums.u, n * m - sums.u) - n * m / 2 - 0.5) / np.sqrt(np.maximum(variance, 0.0))
     p_value = np.where(variance > 0, np.clip(2 * ndtr(-z), 0.0, 1.0), 1.0)
     p_value[np.broadcast_to((n == 0) | (m == 0), p_value.shape)] = np.nan
     return p_value

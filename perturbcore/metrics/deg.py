@@ -1,7 +1,8 @@
 """Agreement of predicted and measured differential expression; names and formulas are cell-eval's where it has them.
 
 Measured and predicted cells are each tested against control cells (`metrics.de`); a gene is called at FDR < 0.05 and
-ranked by |log2 fold change|. Where cell-eval writes 0 for a perturbation without called genes, these are NaN.
+ranked by |log2 fold change|. Where cell-eval writes 0 for a perturbation without called genes, these are NaN; they are
+NaN too where a side has fewer than two cells, which cannot be tested.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from perturbcore.metrics.comparison import Comparison, Values
-from perturbcore.metrics.delta import INFINITY, row_correlation
+from perturbcore.metrics.de import DETable
+from perturbcore.metrics.delta import INFINITY, row_correlation, unchanged_genes
 from perturbcore.metrics.registry import register
 
 RESPONSE_THRESHOLD = 0.1  # |Δ| in log1p units beyond which an unchanged gene counts as a false responder
@@ -62,7 +64,8 @@ def de_direction_match(comparison: Comparison) -> Values:
     if comparison.de_real is None or comparison.de_pred is None:
         return _undefined(comparison)
     same = np.sign(comparison.de_real.log2_fold_change) == np.sign(comparison.de_pred.log2_fold_change)
-    return _ratio((same & comparison.significant_real).sum(axis=1), comparison.significant_real.sum(axis=1))
+    value = _ratio((same & comparison.significant_real).sum(axis=1), comparison.significant_real.sum(axis=1))
+    return np.where(comparison.de_pred.tested, value, np.nan)
 
 
 @register(best=1, low=-1, high=1)
@@ -120,7 +123,7 @@ def de_spearman_sig(comparison: Comparison, weights: Values) -> Values:
     _, real, pred = _counts(comparison)
     value = np.full(len(weights), np.nan)
     for row, weight in enumerate(weights):
-        drawn = np.repeat(np.arange(len(real)), np.where(real > 0, weight, 0).astype(int))
+        drawn = np.repeat(np.arange(len(real)), np.where((real > 0) & np.isfinite(pred), weight, 0).astype(int))
         if len(drawn) > 1:
             value[row] = row_correlation(rankdata(pred[drawn])[None], rankdata(real[drawn])[None])[0]
     return value
@@ -155,29 +158,27 @@ def pr_auc(comparison: Comparison) -> Values:
 @register(name="fpr_at_0.1", best=0, low=0, high=1)
 def false_positive_rate(comparison: Comparison) -> Values:
     """Share of the genes that are not measured DE genes whose predicted |Δ| exceeds 0.1."""
-    unchanged, called = _unchanged(comparison), np.abs(comparison.delta_pred) > RESPONSE_THRESHOLD
+    unchanged, called = unchanged_genes(comparison), np.abs(comparison.delta_pred) > RESPONSE_THRESHOLD
     return _ratio((unchanged & called).sum(axis=1), unchanged.sum(axis=1))
 
 
 @register(name="fdp_at_0.1", best=0, low=0, high=1)
 def false_discovery_proportion(comparison: Comparison) -> Values:
     """Share of the genes with predicted |Δ| above 0.1 that are not measured DE genes; NaN where there are none."""
-    unchanged, called = _unchanged(comparison), np.abs(comparison.delta_pred) > RESPONSE_THRESHOLD
+    unchanged, called = unchanged_genes(comparison), np.abs(comparison.delta_pred) > RESPONSE_THRESHOLD
     ratio = _ratio((unchanged & called).sum(axis=1), called.sum(axis=1))
-    return ratio if comparison.de_real is not None else _undefined(comparison)
+    return np.where(_tested(comparison.de_real), ratio, np.nan)
 
 
 def _shared_top(
     comparison: Comparison, k: int | None, depth: Callable[[NDArray[np.int64], NDArray[np.int64]], int]
 ) -> Values:
     value = _undefined(comparison)
-    if comparison.de_real is None or comparison.de_pred is None:
-        return value
     for row, (real, pred) in enumerate(zip(comparison.ranked_real, comparison.ranked_pred, strict=True)):
         top = min(k or len(comparison.genes), depth(real, pred))
         if top:
             value[row] = len(np.intersect1d(real[:top], pred[:top])) / top
-    return value
+    return np.where(_tested(comparison.de_real) & _tested(comparison.de_pred), value, np.nan)
 
 
 def _labelled_scores(comparison: Comparison) -> Iterator[tuple[int, NDArray[np.bool_], Values]]:
@@ -191,17 +192,16 @@ def _labelled_scores(comparison: Comparison) -> Iterator[tuple[int, NDArray[np.b
 
 
 def _counts(comparison: Comparison) -> tuple[Values, Values, Values]:
-    """Numbers of shared, measured and predicted DE genes, each float64 [P]; NaN without the table behind them."""
-    real = _undefined(comparison) if comparison.de_real is None else comparison.significant_real.sum(axis=1) * 1.0
-    pred = _undefined(comparison) if comparison.de_pred is None else comparison.significant_pred.sum(axis=1) * 1.0
-    shared = (comparison.significant_real & comparison.significant_pred).sum(axis=1) * 1.0
-    return np.where(np.isnan(real) | np.isnan(pred), np.nan, shared), real, pred
+    """Numbers of shared, measured and predicted DE genes, each float64 [P]; NaN where a side was not tested."""
+    tested_real, tested_pred = _tested(comparison.de_real), _tested(comparison.de_pred)
+    real = np.where(tested_real, comparison.significant_real.sum(axis=1), np.nan)
+    pred = np.where(tested_pred, comparison.significant_pred.sum(axis=1), np.nan)
+    shared = (comparison.significant_real & comparison.significant_pred).sum(axis=1)
+    return np.where(tested_real & tested_pred, shared, np.nan), real, pred
 
 
-def _unchanged(comparison: Comparison) -> NDArray[np.bool_]:
-    if comparison.de_real is None:
-        return np.zeros(comparison.real.shape, dtype=bool)
-    return ~comparison.significant_real
+def _tested(table: DETable | None) -> NDArray[np.bool_]:
+    return np.zeros(1, dtype=bool) if table is None else table.tested
 
 
 def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> Values:

@@ -87,7 +87,7 @@ def mse_deg(comparison: Comparison) -> Values:
 @register(best=0, low=0, high=INFINITY)
 def mse_nondeg(comparison: Comparison) -> Values:
     """Mean of (Δ̂ − Δ)² over the genes that are not measured DE genes."""
-    return _masked_mse(comparison, ~comparison.significant_real)
+    return _masked_mse(comparison, unchanged_genes(comparison))
 
 
 @register(best=0, low=0, high=INFINITY)
@@ -99,6 +99,13 @@ def wmse_deg(comparison: Comparison) -> Values:
             error = np.square(comparison.delta_pred[row, ranked] - comparison.delta_real[row, ranked])
             value[row] = np.average(error, weights=1 / np.arange(1, len(ranked) + 1))
     return value
+
+
+def unchanged_genes(comparison: Comparison) -> NDArray[np.bool_]:
+    """Genes tested and not found differentially expressed, [P, G]; all False where nothing was tested."""
+    if comparison.de_real is None:
+        return np.zeros(comparison.real.shape, dtype=bool)
+    return ~comparison.significant_real & comparison.de_real.tested[:, None]
 
 
 def row_correlation(x: Values, y: Values) -> Values:
@@ -128,8 +135,6 @@ def _flat(x: Values) -> NDArray[np.bool_]:
 
 
 def _masked_mse(comparison: Comparison, mask: NDArray[np.bool_]) -> Values:
-    if comparison.de_real is None:
-        return np.full(comparison.num_perturbations, np.nan)
     error = np.where(mask, np.square(comparison.delta_pred - comparison.delta_real), 0.0)
     count = mask.sum(axis=1)
     return np.where(count > 0, error.sum(axis=1) / np.maximum(count, 1), np.nan)
