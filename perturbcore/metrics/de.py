@@ -35,7 +35,7 @@ class DETable:
     @property
     def tested(self) -> NDArray[np.bool_]:
         """Groups that could be tested: bool [P]."""
-        return ~np.isnan(self.fdr).any(axis=1)
+        return np.logical_not(np.isnan(self.fdr).any(axis=1))
 
     def significant(self, alpha: float = 0.05) -> NDArray[np.bool_]:
         """Genes called differentially expressed, `fdr < alpha`: bool [P, G]; False where the test is undefined."""
