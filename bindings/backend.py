@@ -15,7 +15,9 @@ from torch.library import Library
 PRODUCTS = ("spmm", "spmm_backward", "sddmm", "sddmm_backward")
 ATTENTION = ("gatv2", "gatv2_attention", "gatv2_backward")
 GRAPH = (*PRODUCTS, *ATTENTION, "gated_pool", "gated_pool_backward", "masked_spmm", "masked_spmm_backward")
-FAMILY = dict.fromkeys(GRAPH, "graph")
+PAIRS = ("energy_distance", "sinkhorn_divergence", "sinkhorn_plan", "emd")
+TRANSPORT = (*PAIRS, *(f"{op}_backward" for op in PAIRS))
+FAMILY = dict.fromkeys(GRAPH, "graph") | dict.fromkeys(TRANSPORT, "transport")
 
 # the module of each backend, the ops that it serves, and the devices that it serves them on
 MODULES = {
@@ -27,7 +29,7 @@ MODULES = {
 SERVES = {
     "reference": frozenset(FAMILY),
     "numba": frozenset(FAMILY),
-    "triton": frozenset(FAMILY),
+    "triton": frozenset(GRAPH),
     "cuda": frozenset({"spmm", "spmm_backward"}),
 }
 DEFAULTS = {"cpu": ("numba", "reference"), "cuda": ("triton", "cuda", "reference")}

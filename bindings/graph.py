@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from perturbcore.bindings import backend
 from perturbcore.bindings.checks import choose, finite, no_second_order, refuse, values
 from perturbcore.bindings.csr import Graph
 from perturbcore.bindings.schemas import library
 
-backend.implement(library)
 _ops = torch.ops.perturbcore
 
 

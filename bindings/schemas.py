@@ -5,10 +5,14 @@ from __future__ import annotations
 from torch import Tag
 from torch.library import Library
 
+from perturbcore.bindings import backend
+
 CSR = "Tensor rowptr, Tensor col, Tensor t_rowptr, Tensor t_col, Tensor t_perm"
 MASKED = "Tensor? weight, Tensor x, Tensor mask, Tensor? ptr, Tensor? idx"
 GATE = "float tau, bool hard, int? seed, float threshold, bool weighted, str pool, float negative_slope"
 POOL = f"Tensor a, Tensor q, Tensor w, Tensor h, Tensor? ptr, Tensor? idx, {GATE}"
+CLOUDS = "Tensor x, Tensor y"
+GRADIENTS = "Tensor grad, bool need_x, bool need_y) -> (Tensor grad_x, Tensor grad_y)"
 
 SCHEMAS = {
     "spmm": f"({CSR}, Tensor? weight, Tensor x) -> Tensor",
@@ -39,8 +43,23 @@ SCHEMAS = {
         " Tensor? grad_pooled, Tensor? grad_gate, Tensor? grad_score)"
         " -> (Tensor grad_a, Tensor grad_q, Tensor grad_w, Tensor grad_h)"
     ),
+    "energy_distance": f"({CLOUDS}, bool keep_x, bool keep_y) -> (Tensor distance, Tensor from_x, Tensor from_y)",
+    "energy_distance_backward": f"({CLOUDS}, Tensor from_x, Tensor from_y, {GRADIENTS}",
+    "sinkhorn_divergence": (
+        f"({CLOUDS}, int p, float eps, int max_iter, float? tol)"
+        " -> (Tensor divergence, Tensor at_x, Tensor at_y, Tensor error, Tensor iterations)"
+    ),
+    "sinkhorn_divergence_backward": f"({CLOUDS}, Tensor at_x, Tensor at_y, int p, float eps, {GRADIENTS}",
+    "sinkhorn_plan": (
+        "(Tensor cost, Tensor a, Tensor b, float eps, int max_iter, float? tol)"
+        " -> (Tensor plan, Tensor error, Tensor iterations)"
+    ),
+    "sinkhorn_plan_backward": "(Tensor plan, Tensor grad, float eps, int max_iter) -> Tensor",
+    "emd": f"({CLOUDS}, float p) -> (Tensor distance, Tensor pairs, Tensor mass)",
+    "emd_backward": f"({CLOUDS}, Tensor pairs, Tensor mass, float p, {GRADIENTS}",
 }
 
 library = Library("perturbcore", "DEF")
 for name, schema in SCHEMAS.items():
     library.define(name + schema, tags=(Tag.pt2_compliant_tag,))
+backend.implement(library)

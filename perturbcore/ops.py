@@ -8,5 +8,21 @@ y = ops.spmm(graph, x, weight)
 from perturbcore.bindings.backend import BackendError, backend
 from perturbcore.bindings.csr import Graph
 from perturbcore.bindings.graph import GatedPool, gated_pool, gatv2, masked_spmm, sddmm, spmm
+from perturbcore.bindings.transport import SinkhornInfo, emd, energy_distance, sinkhorn_divergence, sinkhorn_plan
 
-__all__ = ["BackendError", "GatedPool", "Graph", "backend", "gated_pool", "gatv2", "masked_spmm", "sddmm", "spmm"]
+__all__ = [
+    "BackendError",
+    "GatedPool",
+    "Graph",
+    "SinkhornInfo",
+    "backend",
+    "emd",
+    "energy_distance",
+    "gated_pool",
+    "gatv2",
+    "masked_spmm",
+    "sddmm",
+    "sinkhorn_divergence",
+    "sinkhorn_plan",
+    "spmm",
+]

@@ -117,6 +117,8 @@ OPCHECKS = {
 WITHOUT_GRADIENT = {"gatv2_attention"}
 # arguments of ops, by position, whose last dimension no other argument fixes
 FREE = {("spmm", 6), ("masked_spmm", 6), ("gated_pool", 3)}
+# cases of ops whose bits depend on the number of threads, as those of BLAS may
+SUMMED_BY_BLAS: set[str] = set()
 # cases that share with another all code that NaN could be lost in
 SAME_VALUES = {name for name in cases() if "," in name} - {"gated_pool, candidates"}
 # cases of ops whose gradients come from one pass, asked for or not

@@ -15,6 +15,10 @@ STDLIB = set(sys.stdlib_module_names)
 FAMILY = {"torch", "numpy", "numba", "llvmlite", "triton"}
 RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "perturbcore.kernels": ({"perturbcore.kernels.common"}, FAMILY),
+    "perturbcore.kernels.transport.emd": (
+        {"perturbcore.kernels.common", "perturbcore.kernels.transport"},
+        FAMILY | {"scipy", "ot"},
+    ),
     "perturbcore.bindings": ({"perturbcore.bindings", "perturbcore.kernels"}, {"torch", "numpy", "scipy"}),
     "perturbcore.ops": ({"perturbcore.bindings"}, set()),
     "perturbcore.data": ({"perturbcore.data"}, None),

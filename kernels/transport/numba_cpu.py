@@ -1,0 +1,21 @@
+"""The transport family on CPU: each op has a file and is named here."""
+
+from perturbcore.kernels.transport.emd import emd, emd_backward
+from perturbcore.kernels.transport.energy_numba_cpu import energy_distance, energy_distance_backward
+from perturbcore.kernels.transport.sinkhorn_numba_cpu import (
+    sinkhorn_divergence,
+    sinkhorn_divergence_backward,
+    sinkhorn_plan,
+    sinkhorn_plan_backward,
+)
+
+__all__ = [
+    "emd",
+    "emd_backward",
+    "energy_distance",
+    "energy_distance_backward",
+    "sinkhorn_divergence",
+    "sinkhorn_divergence_backward",
+    "sinkhorn_plan",
+    "sinkhorn_plan_backward",
+]
