@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -119,7 +120,7 @@ def test_a_group_of_fewer_than_two_cells_cannot_be_tested():
     ptr = np.array([0, 0, 1, 8])
     table = differential_expression(cells, ptr, control)
     assert table.tested.tolist() == [False, False, True]
-    for array in (table.p_value, table.fdr, table.log2_fold_change):
+    for array in (table.p_value, table.fdr, table.log2_fold_change, table.welch_t):
         assert np.isnan(array[:2]).all()
         assert not np.isnan(array[2]).any()
     assert not table.significant()[:2].any()
@@ -141,6 +142,26 @@ def test_fold_change_is_of_means_back_on_the_count_scale():
     np.testing.assert_allclose(lfc, [np.log2(3), 0.0, -np.inf, np.inf])
     uneven = differential_expression(np.log1p([[0.0], [8.0]]), np.array([0, 2]), np.log1p([[1.0], [1.0]]))
     assert uneven.log2_fold_change.item() == pytest.approx(np.log2(np.expm1(np.log1p(8) / 2)))
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+def test_welchs_t_is_scipys(form):
+    ptr = np.array([0, 2, 9, 40])
+    cells, control = expression(40, 12, 0), expression(25, 12, 1)
+    cells[:, 0], control[:, 0] = 1.5, 1.5  # no variation and no difference, where SciPy has NaN
+    cells[:, 1], control[:, 1] = 1.5, 0.5  # no variation, but a difference
+    table = differential_expression(form(cells), ptr, form(control))
+    for row, (first, last) in enumerate(pairwise(ptr)):
+        assert table.welch_t[row, 0] == 0
+        assert table.welch_t[row, 1] == np.inf
+        with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+            warnings.simplefilter("ignore", RuntimeWarning)  # of genes without variation
+            expected = stats.ttest_ind(cells[first:last].astype(float), control.astype(float), equal_var=False)
+        np.testing.assert_allclose(table.welch_t[row, 2:], np.nan_to_num(expected.statistic[2:]), rtol=1e-10)
+        known = np.isfinite(expected.df)
+        known[:2] = False
+        np.testing.assert_allclose(table.welch_df[row, known], expected.df[known], rtol=1e-10)
+        assert known.sum() >= 8
 
 
 def test_order_of_cells_within_a_group_does_not_matter():

@@ -7,17 +7,17 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from comparisons import compare, random_comparison, table, value
+from comparisons import compare, random_comparison, table, take, value
 from scipy import stats
 from scipy.spatial.distance import cdist
 
-from perturbcore.metrics import METRICS, DETable, register
+from perturbcore.metrics import METRICS, register
 
 CELL_EVAL_NAMES = [
     *(f"{name}_at_{k}" for name in ("overlap", "precision") for k in ("N", 50, 100, 200, 500)),
     *(f"de_{name}" for name in ("spearman_sig", "direction_match", "spearman_lfc_sig", "sig_genes_recall")),
     *("de_nsig_counts_real", "de_nsig_counts_pred", "pr_auc", "roc_auc"),
-    *("pearson_delta", "mse", "mae", "mse_delta", "mae_delta"),
+    *("pearson_delta", "mse", "mae", "mse_delta", "mae_delta", "pearson_edistance"),
     *(f"discrimination_score_{distance}" for distance in ("l1", "l2", "cosine")),
 ]
 NEED_RESPONSES_ALONE = {
@@ -25,6 +25,7 @@ NEED_RESPONSES_ALONE = {
     *("variance_ratio", "self_similarity_excess", "effective_rank", "effective_rank_ratio"),
     *(f"discrimination_score_{distance}" for distance in ("l1", "l2", "cosine")),
     *("perturbench_rank_rmse", "perturbench_rank_cosine"),
+    *("l2_mean", "direction_accuracy", "direction_accuracy_top20"),
 }
 
 
@@ -65,7 +66,8 @@ def test_perfect_prediction_reaches_the_best_value(metric):
         de_real=comparison.de_real,
         de_pred=comparison.de_real,
     )
-    perfect = replace(perfect, pred=perfect.real, control_pred=perfect.control_real)
+    distances = dict.fromkeys(("edistance_real", "edistance_pred"), comparison.edistance_real)
+    perfect = replace(perfect, pred=perfect.real, control_pred=perfect.control_real, **distances)
     got = value(metric.name, perfect)
     np.testing.assert_allclose(got[np.isfinite(got)], metric.best, atol=1e-12)
     assert np.isfinite(got).any()
@@ -76,18 +78,16 @@ def test_order_of_genes_and_of_perturbations_does_not_matter(metric):
     comparison = random_comparison(3)
     rng = np.random.default_rng(0)
     genes, rows = rng.permutation(len(comparison.genes)), rng.permutation(comparison.num_perturbations)
-
-    def reorder(t):
-        return DETable(*(array[np.ix_(rows, genes)] for array in (t.log2_fold_change, t.p_value, t.fdr)))
-
     shuffled = compare(
         comparison.delta_real[np.ix_(rows, genes)],
         comparison.delta_pred[np.ix_(rows, genes)],
         genes=comparison.genes[genes],
         perturbations=tuple(comparison.perturbations[row] for row in rows),
         train_delta_mean=comparison.train_delta_mean[genes],
-        de_real=reorder(comparison.de_real),
-        de_pred=reorder(comparison.de_pred),
+        de_real=take(comparison.de_real, rows, genes),
+        de_pred=take(comparison.de_pred, rows, genes),
+        edistance_real=comparison.edistance_real[rows],
+        edistance_pred=comparison.edistance_pred[rows],
     )
     expected = value(metric.name, comparison)
     expected = expected[rows] if metric.level == "perturbation" else expected
@@ -110,6 +110,57 @@ def test_delta_metrics_by_hand():
     assert value("pearson_delta", comparison).item() == pytest.approx(np.corrcoef([0, 1, 2, 3], [1, 1, 2, 0])[0, 1])
     spearman = stats.spearmanr([0, 1, 2, 3], [1, 1, 2, 0]).statistic
     assert value("spearman_delta", comparison).item() == pytest.approx(spearman)
+
+
+def test_distance_and_direction_by_hand():
+    comparison = compare([[0.0, 1, -2, 3]], [[0.5, 1, 2, 0]])
+    assert value("direction_accuracy", comparison).item() == 1 / 4  # 0 is not above 0: only gene 1 agrees
+    assert value("l2_mean", compare([[0.0, 3]], [[3.0, 6]])).item() == pytest.approx(np.hypot(4, 4))  # controls 1 apart
+
+
+def test_direction_of_the_20_strongest_genes():
+    real = np.concatenate([np.linspace(1, 2, 20), np.full(15, 0.5)])
+    pred = np.where(np.arange(35) < 5, -1.0, 1.0) * np.where(np.arange(35) < 20, 1, -1)
+    assert value("direction_accuracy_top20", compare([real], [pred])).item() == pytest.approx(15 / 20)
+    assert value("direction_accuracy", compare([real], [pred])).item() == pytest.approx(15 / 35)
+
+
+def with_t(real, pred, t, df=10.0):
+    t = np.atleast_2d(np.asarray(t, float))
+    measured = replace(table(np.zeros_like(t), np.ones_like(t)), welch_t=t, welch_df=np.full_like(t, df))
+    return compare(real, pred, de_real=measured, control_pred=np.full(t.shape[1], 5.0))
+
+
+def test_weights_of_squared_scaled_t_by_hand():
+    comparison = with_t([[0.0, 0, 0]], [[1.0, 2, 3]], [[-5.0, 1, 3]])  # |t| scaled: 1, 0, 1/2; squared 1, 0, 1/4
+    error = np.square(comparison.pred - comparison.real)[0]
+    assert value("wmse_t", comparison).item() == pytest.approx((error[0] + error[2] / 4) / (5 / 4))
+    endless = with_t([[0.0, 0, 0]], [[1.0, 2, 3]], [[-5.0, np.inf, 3]])
+    assert value("wmse_t", endless).item() == pytest.approx(error[1])
+    assert np.isnan(value("wmse_t", with_t([[0.0, 0]], [[1.0, 2]], [[2.0, -2]]))).all()
+
+
+def test_profiles_are_correlated_over_genes_of_welch_test_and_change():
+    t = [[9.0, -9, np.inf, 9, 0.1, 9]]  # gene 4 is not separated, gene 3 hardly changes
+    real = [[1.0, -2, 0.5, 0.1, 3, 2]]
+    pred = [[0.0, 1, 3, 9, -9, 2]]
+    comparison = with_t(real, pred, t)
+    kept = [0, 1, 2, 5]
+    x, y = comparison.pred[0, kept], comparison.real[0, kept]
+    assert value("pearson_profile_welch_deg", comparison).item() == pytest.approx(stats.pearsonr(x, y)[0])
+    assert value("spearman_profile_welch_deg", comparison).item() == pytest.approx(stats.spearmanr(x, y)[0])
+    few = with_t(real, pred, np.where(np.arange(6) < 2, 9.0, 0.0))
+    assert np.isnan(value("pearson_profile_welch_deg", few)).all()
+    assert np.isnan(value("spearman_profile_welch_deg", few)).all()
+
+
+def test_energy_distances_are_correlated_over_perturbations():
+    comparison = replace(random_comparison(6), edistance_real=np.arange(9.0), edistance_pred=np.arange(9.0) ** 2)
+    comparison.edistance_pred[4] = np.nan
+    known = np.arange(9) != 4
+    expected = stats.pearsonr(np.arange(9)[known], np.arange(9)[known] ** 2)[0]
+    assert value("pearson_edistance", comparison).item() == pytest.approx(expected)
+    assert np.isnan(value("pearson_edistance", replace(comparison, edistance_pred=np.ones(9))))
 
 
 def test_metrics_on_de_genes_by_hand():
@@ -137,81 +188,10 @@ def test_metrics_on_de_genes_by_hand():
     assert value("fdp_at_0.1", comparison).item() == pytest.approx(2 / 5)
 
 
-@pytest.mark.parametrize(
-    ("k", "overlap", "precision"), [(None, 2 / 4, 1 / 2), (1, 0, 0), (2, 1 / 2, 1 / 2), (9, 2 / 4, 1 / 2)]
-)
-def test_overlap_and_precision_cut_both_lists_at_the_same_depth(k, overlap, precision):
-    from perturbcore.metrics.deg import overlap_at, precision_at
-
-    comparison = compare(
-        np.zeros((1, 5)),
-        np.zeros((1, 5)),
-        de_real=table([4.0, 3, 2, 1, 9], [0.01, 0.01, 0.01, 0.01, 1]),  # 0, 1, 2, 3
-        de_pred=table([0.0, 5, 1, -3, 4], [1, 0.01, 0.01, 1, 1]),  # 1, 2
-    )
-    assert overlap_at(comparison, k).item() == pytest.approx(overlap)
-    assert precision_at(comparison, k).item() == pytest.approx(precision)
-
-
-@pytest.mark.parametrize("side", ["de_real", "de_pred"])
-def test_what_cannot_be_tested_is_not_scored_as_zero(side):
-    whole = random_comparison(0)
-    without = replace(whole, **{side: None})
-    tables = {name: np.array(getattr(getattr(whole, side), name)) for name in ("log2_fold_change", "p_value", "fdr")}
-    for array in tables.values():
-        array[2] = np.nan  # as of a single cell
-    partly = replace(whole, **{side: DETable(**tables)})
-    for metric in METRICS.values():
-        if metric.level == "perturbation":
-            expected = value(metric.name, whole)
-            expected[2] = value(metric.name, without)[2]
-            np.testing.assert_array_equal(value(metric.name, partly), expected, err_msg=metric.name)
-    drawn = np.ones((1, whole.num_perturbations))
-    drawn[0, 2] = 0
-    assert value("de_spearman_sig", partly) == value("de_spearman_sig", whole, drawn)
-
-
-def test_infinite_fold_changes_rank_first_and_ties_go_to_the_lower_column():
-    lfc = np.tile([1.0, -np.inf, 2, np.inf], 50)  # long enough for an unstable sort to show
-    comparison = compare(np.zeros((1, 200)), np.zeros((1, 200)), de_real=table(lfc, np.zeros(200)))
-    strength = np.abs(lfc)
-    assert comparison.ranked_real[0].tolist() == sorted(range(200), key=lambda gene: -strength[gene])
-
-
 def test_two_de_genes_are_too_few_to_correlate():
     two = compare([[1.0, 2, 3]], [[1.0, 5, 3]], de_real=table([1.0, 2, 3], [0, 0, 1]), train_delta_mean=np.zeros(3))
     assert np.isnan(value("pearson_delta_top20", two)).all()
     assert np.isnan(value("systema_pearson_top20", two)).all()
-
-
-def test_auc_equal_plain_definitions():
-    comparison = random_comparison(4)
-    for row in range(comparison.num_perturbations):
-        label = comparison.de_real.fdr[row] < 0.05
-        score = -np.log10(comparison.de_pred.fdr[row])
-        pairs = [(p > n) + 0.5 * (p == n) for p in score[label] for n in score[~label]]
-        assert value("roc_auc", comparison)[row] == pytest.approx(np.mean(pairs))
-        at_hit = [label[score >= s].mean() for s in score[label]]
-        assert value("pr_auc", comparison)[row] == pytest.approx(np.mean(at_hit))
-
-
-def test_an_fdr_of_zero_is_the_surest_call():
-    calls = compare(
-        [[0.0] * 4], [[0.0] * 4], de_real=table([3, 2, 1, 0], [0, 1, 1, 1.0]), de_pred=table([0] * 4, [0, 1e-9, 0.5, 1])
-    )
-    assert value("roc_auc", calls) == value("pr_auc", calls) == 1
-
-
-def test_number_of_de_genes_correlates_over_perturbations():
-    comparison = random_comparison(5)
-    silent = comparison.de_real.fdr.copy()
-    silent[3] = 1.0
-    comparison = replace(comparison, de_real=table(comparison.de_real.log2_fold_change, silent))
-    counts = [(t.fdr < 0.05).sum(1) for t in (comparison.de_real, comparison.de_pred)]
-    kept = counts[0] > 0
-    assert kept.sum() == len(kept) - 1
-    expected = stats.spearmanr(counts[0][kept], counts[1][kept]).statistic
-    assert value("de_spearman_sig", comparison).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("name", "metric"), [("l1", "cityblock"), ("l2", "euclidean"), ("cosine", "cosine")])
@@ -300,23 +280,26 @@ def test_effective_rank_of_equal_independent_directions_is_their_number():
 
 
 @pytest.mark.parametrize(
-    "name", ["variance_ratio", "variance_ratio_deg", "shrinkage_slope", "skill_over_mean", "de_spearman_sig"]
+    "name",
+    [
+        *("variance_ratio", "variance_ratio_deg", "shrinkage_slope", "skill_over_mean", "de_spearman_sig"),
+        "pearson_edistance",
+    ],
 )
 def test_bootstrap_weights_mean_repeated_perturbations(name):
     comparison = random_comparison(11)
     drawn = np.array([0, 0, 2, 3, 3, 3, 5, 7, 8])
     weights = np.bincount(drawn, minlength=comparison.num_perturbations)[None].astype(float)
 
-    def repeat(t):
-        return DETable(t.log2_fold_change[drawn], t.p_value[drawn], t.fdr[drawn])
-
     repeated = replace(
         comparison,
         perturbations=tuple(comparison.perturbations[row] for row in drawn),
         real=comparison.real[drawn],
         pred=comparison.pred[drawn],
-        de_real=repeat(comparison.de_real),
-        de_pred=repeat(comparison.de_pred),
+        de_real=take(comparison.de_real, drawn),
+        de_pred=take(comparison.de_pred, drawn),
+        edistance_real=comparison.edistance_real[drawn],
+        edistance_pred=comparison.edistance_pred[drawn],
     )
     if name == "variance_ratio_deg":  # the genes are those of all perturbations, drawn or not
         keep = comparison.significant_real.any(0)
@@ -376,30 +359,10 @@ def test_control_mean_predictor_has_no_correlation_and_chance_discrimination():
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
 def test_a_missing_part_gives_nan_never_zero(metric):
-    bare = replace(random_comparison(15), train_delta_mean=None, de_real=None, de_pred=None)
+    parts = ("train_delta_mean", "de_real", "de_pred", "edistance_real", "edistance_pred")
+    bare = replace(random_comparison(15), **dict.fromkeys(parts))
     got = value(metric.name, bare)
     assert np.isfinite(got).all() if metric.name in NEED_RESPONSES_ALONE else np.isnan(got).all()
-
-
-def test_no_de_genes_is_undefined_but_none_predicted_is_a_miss():
-    nothing, something = table([1.0, 2, 3], [1, 1, 1]), table([1.0, 2, 3], [0, 0, 1])
-    delta = [[0.1, 0.5, 0.2]]
-    unmeasured = compare(delta, delta, de_real=nothing, de_pred=something)
-    missed = compare(delta, delta, de_real=something, de_pred=nothing)
-    for name in (
-        "overlap_at_N",
-        "overlap_at_50",
-        "de_sig_genes_recall",
-        "de_sig_genes_f1",
-        "mse_deg",
-        "de_direction_match",
-    ):
-        assert np.isnan(value(name, unmeasured)).all(), name
-    for name in ("overlap_at_N", "overlap_at_50", "de_sig_genes_recall", "de_sig_genes_f1"):
-        assert value(name, missed).item() == 0, name
-    for name in ("precision_at_N", "de_sig_genes_precision"):
-        assert value(name, unmeasured).item() == 0, name
-        assert np.isnan(value(name, missed)).all(), name
 
 
 def test_one_perturbation_cannot_be_discriminated():

@@ -4,8 +4,10 @@ from perturbcore.metrics import collapse as collapse
 from perturbcore.metrics import deg as deg
 from perturbcore.metrics import delta as delta
 from perturbcore.metrics import discrimination as discrimination
+from perturbcore.metrics import profile as profile
 from perturbcore.metrics.comparison import Comparison
 from perturbcore.metrics.de import DEGLabels, DETable, deg_labels, differential_expression, rank_sum
+from perturbcore.metrics.edistance import edistance
 from perturbcore.metrics.evaluate import evaluate, score
 from perturbcore.metrics.registry import METRICS, Metric, register
 from perturbcore.metrics.scores import Paired, Scores
@@ -22,6 +24,7 @@ __all__ = [
     "Scores",
     "deg_labels",
     "differential_expression",
+    "edistance",
     "evaluate",
     "rank_sum",
     "register",

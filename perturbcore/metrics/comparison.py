@@ -24,7 +24,8 @@ class Comparison:
     `real` and `pred` are mean log1p expression over cells, float64 [P, G]; `control_real` and `control_pred` are the
     mean of each side's own control cells, [G]. `train_delta_mean` [G] is the mean response of the training
     perturbations, None when no split is known; `de_real` and `de_pred` are None when differential expression was not
-    computed. A metric that needs a missing part is NaN.
+    computed; `edistance_real` and `edistance_pred` [P] are each side's energy distances from its own controls
+    (`metrics.edistance`), None likewise. A metric that needs a missing part is NaN.
     """
 
     context: str
@@ -37,6 +38,8 @@ class Comparison:
     train_delta_mean: Values | None = None
     de_real: DETable | None = None
     de_pred: DETable | None = None
+    edistance_real: Values | None = None
+    edistance_pred: Values | None = None
 
     @property
     def num_perturbations(self) -> int:

@@ -14,7 +14,7 @@ from scipy.stats import false_discovery_control
 
 if TYPE_CHECKING:
     from perturbcore.data import Condition, Screen
-    from perturbcore.metrics.rank_sum_numba import RankSums
+    from perturbcore.metrics.rank_sum_numba import Moments, RankSums
 
 Matrix: TypeAlias = Any  # NumPy array or scipy.sparse CSR, [cells, G]
 FEWEST_CELLS = 2  # one cell has no spread to test a difference against
@@ -25,12 +25,15 @@ class DETable:
     """Differential expression of P groups against one control population, over G genes; every array is float64 [P, G].
 
     `log2_fold_change` may be ±inf (expressed on one side only). A group that cannot be tested, of fewer than two cells
-    or against fewer than two controls, is NaN throughout.
+    or against fewer than two controls, is NaN throughout. `welch_t` and `welch_df` are Welch's t and its degrees of
+    freedom, of the values as they are; None where a table came without them.
     """
 
     log2_fold_change: NDArray[np.float64]
     p_value: NDArray[np.float64]
     fdr: NDArray[np.float64]
+    welch_t: NDArray[np.float64] | None = None
+    welch_df: NDArray[np.float64] | None = None
 
     @property
     def tested(self) -> NDArray[np.bool_]:
@@ -79,25 +82,27 @@ def rank_sum(cells: Matrix, ptr: NDArray[np.int64], control: Matrix) -> tuple[ND
 
 
 def differential_expression(cells: Matrix, ptr: NDArray[np.int64], control: Matrix) -> DETable:
-    """Rank-sum test, Benjamini-Hochberg FDR within each group, and log2 fold change of log1p expression.
+    """Rank-sum test, Benjamini-Hochberg FDR within each group, log2 fold change and Welch's t of log1p expression.
 
     Arguments as in `rank_sum`, on the log1p scale. The fold change is pdex's default, the one cell-eval 0.8.2 uses:
     log2(expm1(mean of the group) / expm1(mean of the controls)), means taken on the log1p scale, no pseudocount. 0 / 0
     is no change (0); one-sided zeros stay ±inf. A group of fewer than two cells is NaN throughout, as are all groups
     with fewer than two controls.
     """
-    sums, control_total = _rank_sums(cells, ptr, control)
+    sums, of_control = _rank_sums(cells, ptr, control)
     sizes, num_controls = np.diff(ptr), control.shape[0]
     p_value = _p_value(sums, sizes, num_controls)
     with np.errstate(divide="ignore", invalid="ignore"):
-        log2_fold_change = _log2_expm1(sums.total / sizes[:, None]) - _log2_expm1(control_total / num_controls)
+        log2_fold_change = _log2_expm1(sums.mean) - _log2_expm1(of_control.mean)
     log2_fold_change[np.isnan(log2_fold_change)] = 0.0
+    t, df = _welch(sums, sizes, of_control, num_controls)
     untested = (sizes < FEWEST_CELLS) | (num_controls < FEWEST_CELLS)
-    p_value[untested] = log2_fold_change[untested] = np.nan
+    for array in (p_value, log2_fold_change, t, df):
+        array[untested] = np.nan
     fdr = np.full_like(p_value, np.nan)
     if p_value.shape[1]:
         fdr[~untested] = false_discovery_control(p_value[~untested], axis=1)
-    return DETable(log2_fold_change, p_value, fdr)
+    return DETable(log2_fold_change, p_value, fdr, t, df)
 
 
 def deg_labels(
@@ -143,12 +148,25 @@ def _check(cells: Matrix, ptr: NDArray[np.int64], control: Matrix) -> None:
             raise ValueError(f"{name} holds a value that is not finite; a rank-sum test needs finite expression.")
 
 
-def _rank_sums(cells: Matrix, ptr: NDArray[np.int64], control: Matrix) -> tuple[RankSums, NDArray[np.float64]]:
+def _rank_sums(cells: Matrix, ptr: NDArray[np.int64], control: Matrix) -> tuple[RankSums, Moments]:
     from perturbcore.metrics.rank_sum_numba import rank_sums  # Numba is imported by those who test
 
     ptr = np.asarray(ptr, dtype=np.int64)
     _check(cells, ptr, control)
     return rank_sums(cells, ptr, control)
+
+
+def _welch(
+    sums: RankSums, sizes: NDArray[np.int64], of_control: Moments, num_controls: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Welch's t and its degrees of freedom; equal means have t = 0, even without any variation."""
+    n, m = sizes[:, None].astype(float), float(num_controls)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error, control_error = sums.squares / (n * (n - 1)), of_control.squares / (m * (m - 1))  # squared, of the means
+        difference = sums.mean - of_control.mean
+        t = np.where(difference == 0, 0.0, difference / np.sqrt(error + control_error))
+        df = (error + control_error) ** 2 / (error**2 / (n - 1) + control_error**2 / (m - 1))
+    return t, df
 
 
 def _log2_expm1(mean: NDArray[np.float64]) -> NDArray[np.float64]:

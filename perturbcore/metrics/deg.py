@@ -21,7 +21,7 @@ from perturbcore.metrics.delta import INFINITY, row_correlation, unchanged_genes
 from perturbcore.metrics.registry import register
 
 RESPONSE_THRESHOLD = 0.1  # |Δ| in log1p units beyond which an unchanged gene counts as a false responder
-SMALLEST_FDR = 1e-10  # what cell-eval reads an FDR of 0 as
+SMALLEST_FDR = 1e-10  # what cell-eval reads a smaller FDR as
 
 
 def overlap_at(comparison: Comparison, k: int | None) -> Values:
@@ -131,14 +131,11 @@ def de_spearman_sig(comparison: Comparison, weights: Values) -> Values:
 
 @register(best=1, low=0, high=1)
 def roc_auc(comparison: Comparison) -> Values:
-    """Chance that a measured DE gene has a lower predicted FDR than another gene, ties counted half.
-
-    cell-eval rounds the FDR to float32 first, which ties a few more genes.
-    """
+    """Chance that a measured DE gene has a lower predicted FDR than another gene, ties counted half."""
     value = _undefined(comparison)
-    for row, label, score in _labelled_scores(comparison):
+    for row, label, fdr in _labelled_fdr(comparison):
         n_positive = label.sum()
-        rank_sum = rankdata(score)[label].sum()
+        rank_sum = rankdata(-fdr)[label].sum()
         value[row] = (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * (len(label) - n_positive))
     return value
 
@@ -147,8 +144,8 @@ def roc_auc(comparison: Comparison) -> Values:
 def pr_auc(comparison: Comparison) -> Values:
     """Average precision in finding the measured DE genes by predicted FDR, genes of equal FDR taken together."""
     value = _undefined(comparison)
-    for row, label, score in _labelled_scores(comparison):
-        _, group = np.unique(-score, return_inverse=True)
+    for row, label, fdr in _labelled_fdr(comparison):
+        _, group = np.unique(fdr, return_inverse=True)
         found = np.bincount(group, weights=label)
         precision = np.cumsum(found) / np.cumsum(np.bincount(group))
         value[row] = (precision * found).sum() / label.sum()
@@ -181,14 +178,18 @@ def _shared_top(
     return np.where(_tested(comparison.de_real) & _tested(comparison.de_pred), value, np.nan)
 
 
-def _labelled_scores(comparison: Comparison) -> Iterator[tuple[int, NDArray[np.bool_], Values]]:
-    """Row, measured DE genes and −log10 predicted FDR (0 read as 1e-10), where some but not all genes are DE."""
+def _labelled_fdr(comparison: Comparison) -> Iterator[tuple[int, NDArray[np.bool_], NDArray[np.float32]]]:
+    """Row, measured DE genes and predicted FDR, where some but not all genes are DE.
+
+    As cell-eval has it the FDR is float32 and no less than 1e-10: genes that are beyond doubt are not ranked.
+    """
     if comparison.de_real is None or comparison.de_pred is None:
         return
-    fdr = np.where(comparison.de_pred.fdr == 0, SMALLEST_FDR, comparison.de_pred.fdr)
-    for row, (label, score) in enumerate(zip(comparison.significant_real, -np.log10(fdr), strict=True)):
-        if label.any() and not label.all() and np.isfinite(score).all():
-            yield row, label, score
+    fdr = np.maximum(comparison.de_pred.fdr.astype(np.float32), np.float32(SMALLEST_FDR))
+    for row in np.flatnonzero(comparison.de_pred.tested).tolist():
+        label = comparison.significant_real[row]
+        if label.any() and not label.all():
+            yield row, label, fdr[row]
 
 
 def _counts(comparison: Comparison) -> tuple[Values, Values, Values]:

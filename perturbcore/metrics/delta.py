@@ -60,6 +60,25 @@ def mse(comparison: Comparison) -> Values:
     return np.square(comparison.pred - comparison.real).mean(axis=1)
 
 
+@register(best=0, low=0, high=INFINITY)
+def l2_mean(comparison: Comparison) -> Values:
+    """Euclidean distance of the predicted from the measured mean expression (scBIG's L2)."""
+    return np.sqrt(np.square(comparison.pred - comparison.real).sum(axis=1))
+
+
+@register(best=1, low=0, high=1)
+def direction_accuracy(comparison: Comparison) -> Values:
+    """Share of genes for which Δ̂ and Δ agree in being above 0 or not (scBIG's ACC_Δ)."""
+    return _same_direction(comparison).mean(axis=1)
+
+
+@register(best=1, low=0, high=1)
+def direction_accuracy_top20(comparison: Comparison) -> Values:
+    """As `direction_accuracy`, over the 20 genes of largest measured |Δ|, ties to the lower column (ACC_Δ^D)."""
+    top = np.argsort(-np.abs(comparison.delta_real), axis=1, kind="stable")[:, :20]
+    return np.take_along_axis(_same_direction(comparison), top, axis=1).mean(axis=1)
+
+
 def pearson_delta_top(comparison: Comparison, k: int) -> Values:
     """Pearson Δ over the k measured DE genes of largest |log2 fold change| (all of them where there are fewer).
 
@@ -101,6 +120,26 @@ def wmse_deg(comparison: Comparison) -> Values:
     return value
 
 
+@register(best=0, low=0, high=INFINITY)
+def wmse_t(comparison: Comparison) -> Values:
+    """Squared error of mean expression, weighted by how clearly the test of the measured cells separates a gene.
+
+    Diversity by Design (Mejia et al., arXiv 2506.22641): weights are |t| scaled to [0, 1] over the genes of a
+    perturbation, squared, and divided by their sum; t here is Welch's against the controls. A gene that separates
+    without any variation (t infinite) takes all the weight. NaN where all genes have the same |t|.
+    """
+    if comparison.de_real is None or comparison.de_real.welch_t is None:
+        return np.full(comparison.num_perturbations, np.nan)
+    strength = np.abs(comparison.de_real.welch_t)
+    endless = np.isinf(strength)
+    strength = np.where(endless.any(axis=1, keepdims=True), endless, strength)
+    strength = strength - strength.min(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weight = np.square(strength / strength.max(axis=1, keepdims=True))
+        error = np.square(comparison.pred - comparison.real)
+        return np.asarray((weight * error).sum(axis=1) / weight.sum(axis=1))
+
+
 def unchanged_genes(comparison: Comparison) -> NDArray[np.bool_]:
     """Genes tested and not found differentially expressed, [P, G]; all False where nothing was tested."""
     if comparison.de_real is None:
@@ -128,6 +167,10 @@ def top_correlation(x: Values, y: Values, ranked: list[NDArray[np.int64]], k: in
         if len(top := columns[:k]) >= 3:
             value[row] = row_correlation(x[row : row + 1, top], y[row : row + 1, top])[0]
     return value
+
+
+def _same_direction(comparison: Comparison) -> NDArray[np.bool_]:
+    return (comparison.delta_pred > 0) == (comparison.delta_real > 0)
 
 
 def _flat(x: Values) -> NDArray[np.bool_]:

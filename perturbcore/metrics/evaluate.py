@@ -13,6 +13,7 @@ from perturbcore.data import Condition, DataError, Screen, Split
 from perturbcore.metrics.align import align, conditions_to_judge
 from perturbcore.metrics.comparison import Comparison, Values
 from perturbcore.metrics.de import DETable, differential_expression
+from perturbcore.metrics.edistance import edistance
 from perturbcore.metrics.registry import METRICS
 from perturbcore.metrics.scores import MEASURED, Scores, draw_weights, interval, weighted_mean
 
@@ -67,8 +68,8 @@ def evaluate(
         if bare := [context for context in by_context if not len(screen.controls(context))]:
             notes.append(f"{name}: no control cells predicted in {', '.join(bare)}; the measured ones stand in.")
         for context, chosen in by_context.items():
-            pred, control_pred, de_pred = _profile(screen, real if context in bare else screen, chosen)
-            mean, control, de = measured[context]
+            pred, control_pred, de_pred, edistance_pred = _profile(screen, real if context in bare else screen, chosen)
+            mean, control, de, edistance_real = measured[context]
             compared[name].append(
                 Comparison(
                     context=context,
@@ -81,6 +82,8 @@ def evaluate(
                     train_delta_mean=train_mean.get(context),
                     de_real=de,
                     de_pred=de_pred,
+                    edistance_real=edistance_real,
+                    edistance_pred=edistance_pred,
                 )
             )
     return score(compared, notes=notes, seed=seed)
@@ -128,14 +131,17 @@ def score(compared: Mapping[str, list[Comparison]], *, notes: list[str] | None =
     )
 
 
-def _profile(screen: Screen, control_screen: Screen, conditions: list[Condition]) -> tuple[Values, Values, DETable]:
-    """Mean of every condition [P, G], mean of the controls [G] and differential expression, all in one context."""
+def _profile(
+    screen: Screen, control_screen: Screen, conditions: list[Condition]
+) -> tuple[Values, Values, DETable, Values]:
+    """Of one context: means of conditions [P, G] and controls [G], differential expression, energy distances [P]."""
     rows = [screen.cells(condition) for condition in conditions]
     controls = control_screen.controls(conditions[0].context)
     mean = np.stack([screen.mean(cells) for cells in rows]).astype(np.float64)
     ptr = np.cumsum([0, *map(len, rows)])
-    table = differential_expression(screen.adata.X[np.concatenate(rows)], ptr, control_screen.adata.X[controls])
-    return mean, control_screen.mean(controls).astype(np.float64), table
+    compared = screen.adata.X[np.concatenate(rows)], ptr, control_screen.adata.X[controls]
+    control_mean = control_screen.mean(controls).astype(np.float64)
+    return mean, control_mean, differential_expression(*compared), edistance(*compared)
 
 
 def _training_means(real: Screen, split: Split, contexts: list[str]) -> dict[str, Values]:

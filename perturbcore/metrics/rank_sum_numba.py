@@ -33,15 +33,23 @@ class Columns(NamedTuple):
 
 
 class RankSums(NamedTuple):
-    """Of every group and gene, float64 [P, G]: U, the tie term Σ(t³ − t), and the sum of the values."""
+    """Of every group and gene, float64 [P, G]: U, the tie term Σ(t³ − t), the mean and Σ(value − mean)²."""
 
     u: NDArray[np.float64]
     ties: NDArray[np.float64]
-    total: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    squares: NDArray[np.float64]
 
 
-def rank_sums(cells: Any, ptr: NDArray[np.int64], control: Any) -> tuple[RankSums, NDArray[np.float64]]:
-    """Rank sums of every group against the controls, and the sum of each gene's controls [G].
+class Moments(NamedTuple):
+    """Of every gene's controls, float64 [G]: the mean and Σ(value − mean)²."""
+
+    mean: NDArray[np.float64]
+    squares: NDArray[np.float64]
+
+
+def rank_sums(cells: Any, ptr: NDArray[np.int64], control: Any) -> tuple[RankSums, Moments]:
+    """Rank sums and moments of every group against the controls, and the moments of the controls.
 
     `cells` [n, G] and `control` [m, G] are finite, dense or CSR, rows of `cells` sorted by group, group i in rows
     `ptr[i]:ptr[i+1]`. As many threads as PyTorch uses. Memory: a copy of the values that are not zero.
@@ -54,9 +62,9 @@ def rank_sums(cells: Any, ptr: NDArray[np.int64], control: Any) -> tuple[RankSum
     controls = by_gene(control, np.array([0, control.shape[0]]))
     shape = len(ptr) - 1, cells.shape[1]
     sums = RankSums(*(np.empty(shape) for _ in RankSums._fields))
-    control_total = np.empty(shape[1])
-    _rank(*groups, np.diff(ptr), *controls, control.shape[0], *sums, control_total)
-    return sums, control_total
+    moments = Moments(*(np.empty(shape[1]) for _ in Moments._fields))
+    _rank(*groups, np.diff(ptr), *controls, control.shape[0], *sums, *moments)
+    return sums, moments
 
 
 def by_gene(matrix: Any, ptr: NDArray[np.int64]) -> Columns:
@@ -134,8 +142,10 @@ def _rank(
     num_controls: Any,
     u: Any,
     ties: Any,
-    total: Any,
-    control_total: Any,
+    mean: Any,
+    squares: Any,
+    control_mean: Any,
+    control_squares: Any,
 ) -> None:
     for gene in prange(start.shape[1]):
         own = controls[control_start[0, gene] : control_start[1, gene]]
@@ -144,18 +154,17 @@ def _rank(
         distinct, below = np.empty(own.size + 1, own.dtype), np.empty(own.size + 2, np.int64)
         num_distinct, zero = _tally(own, zeros, distinct, below)
         distinct = distinct[:num_distinct]
-        control_ties, summed = 0.0, 0.0
+        control_ties = 0.0
         for i in range(num_distinct):
             control_ties += _tie_term(below[i + 1] - below[i])
-            summed += np.float64(distinct[i]) * (below[i + 1] - below[i])
-        control_total[gene] = summed
+        control_mean[gene], control_squares[gene] = _moments(own, num_controls)
         for group in range(sizes.size):
             cells = values[start[group, gene] : start[group + 1, gene]]
             _sort(cells)
             own_zeros = sizes[group] - cells.size
             wins = own_zeros * (below[zero] + 0.5 * zeros)
             tied = _tie_term(zeros + own_zeros) - _tie_term(zeros)
-            summed, first, at = 0.0, 0, 0
+            first, at = 0, 0
             while first < cells.size:
                 value, last = cells[first], first + 1
                 while last < cells.size and cells[last] == value:
@@ -166,8 +175,8 @@ def _rank(
                 equal = below[at + 1] - below[at] if at < num_distinct and distinct[at] == value else 0
                 wins += count * (below[at] + 0.5 * equal)
                 tied += _tie_term(equal + count) - _tie_term(equal)
-                summed += np.float64(value) * count
-            u[group, gene], ties[group, gene], total[group, gene] = wins, control_ties + tied, summed
+            u[group, gene], ties[group, gene] = wins, control_ties + tied
+            mean[group, gene], squares[group, gene] = _moments(cells, sizes[group])
 
 
 @njit(cache=True)
@@ -190,6 +199,18 @@ def _tally(ordered: Any, zeros: Any, distinct: Any, below: Any) -> Any:
         below[num_distinct + 1] = below[num_distinct] + count
         num_distinct += 1
     return num_distinct, zero
+
+
+@njit(cache=True)
+def _moments(values: Any, count: Any) -> Any:
+    """Mean and Σ(value − mean)² of the values and as many zeros as make them `count`."""
+    total, squares = 0.0, 0.0
+    for value in values:
+        total += np.float64(value)
+    mean = total / count if count > 0 else np.nan
+    for value in values:
+        squares += (np.float64(value) - mean) ** 2
+    return mean, squares + (count - values.size) * mean * mean
 
 
 @njit(cache=True)
