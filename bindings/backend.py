@@ -17,7 +17,8 @@ ATTENTION = ("gatv2", "gatv2_attention", "gatv2_backward")
 GRAPH = (*PRODUCTS, *ATTENTION, "gated_pool", "gated_pool_backward", "masked_spmm", "masked_spmm_backward")
 PAIRS = ("energy_distance", "sinkhorn_divergence", "sinkhorn_plan", "emd")
 TRANSPORT = (*PAIRS, *(f"{op}_backward" for op in PAIRS))
-FAMILY = dict.fromkeys(GRAPH, "graph") | dict.fromkeys(TRANSPORT, "transport")
+WASSERSTEIN = ("presort", "wasserstein_1d", "wasserstein_1d_backward")
+FAMILY = dict.fromkeys(GRAPH, "graph") | dict.fromkeys((*TRANSPORT, *WASSERSTEIN), "transport")
 
 # the module of each backend, the ops that it serves, and the devices that it serves them on
 MODULES = {

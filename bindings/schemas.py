@@ -13,6 +13,7 @@ GATE = "float tau, bool hard, int? seed, float threshold, bool weighted, str poo
 POOL = f"Tensor a, Tensor q, Tensor w, Tensor h, Tensor? ptr, Tensor? idx, {GATE}"
 CLOUDS = "Tensor x, Tensor y"
 GRADIENTS = "Tensor grad, bool need_x, bool need_y) -> (Tensor grad_x, Tensor grad_y)"
+ROWS = "Tensor x, Tensor? ptr, Tensor y, Tensor? x_weights, Tensor? y_weights"
 
 SCHEMAS = {
     "spmm": f"({CSR}, Tensor? weight, Tensor x) -> Tensor",
@@ -57,6 +58,11 @@ SCHEMAS = {
     "sinkhorn_plan_backward": "(Tensor plan, Tensor grad, float eps, int max_iter) -> Tensor",
     "emd": f"({CLOUDS}, float p) -> (Tensor distance, Tensor pairs, Tensor mass)",
     "emd_backward": f"({CLOUDS}, Tensor pairs, Tensor mass, float p, {GRADIENTS}",
+    "presort": "(Tensor y, Tensor? weights) -> (Tensor values, Tensor weights)",
+    "wasserstein_1d": (
+        f"({ROWS}, bool presorted, float p, bool need_x, bool need_y) -> (Tensor value, Tensor slope_x, Tensor slope_y)"
+    ),
+    "wasserstein_1d_backward": "(Tensor slope, Tensor? ptr, Tensor grad) -> Tensor",
 }
 
 library = Library("perturbcore", "DEF")

@@ -9,11 +9,13 @@ from perturbcore.bindings.backend import BackendError, backend
 from perturbcore.bindings.csr import Graph
 from perturbcore.bindings.graph import GatedPool, gated_pool, gatv2, masked_spmm, sddmm, spmm
 from perturbcore.bindings.transport import SinkhornInfo, emd, energy_distance, sinkhorn_divergence, sinkhorn_plan
+from perturbcore.bindings.wasserstein import Presorted, presort, sliced_wasserstein, wasserstein_1d
 
 __all__ = [
     "BackendError",
     "GatedPool",
     "Graph",
+    "Presorted",
     "SinkhornInfo",
     "backend",
     "emd",
@@ -21,8 +23,11 @@ __all__ = [
     "gated_pool",
     "gatv2",
     "masked_spmm",
+    "presort",
     "sddmm",
     "sinkhorn_divergence",
     "sinkhorn_plan",
+    "sliced_wasserstein",
     "spmm",
+    "wasserstein_1d",
 ]

@@ -9,6 +9,7 @@ import threading
 
 import contract_graph
 import contract_transport
+import contract_wasserstein
 import pytest
 import torch
 from agreement import assert_close
@@ -17,7 +18,7 @@ from inputs import normal, requiring_grad
 from perturbcore import ops
 
 raw = torch.ops.perturbcore
-FAMILIES = (contract_graph, contract_transport)
+FAMILIES = (contract_graph, contract_transport, contract_wasserstein)
 FAMILY = {name: family for family in FAMILIES for name in family.cases()}
 CASES = list(FAMILY)
 OPCHECKS = {name: arguments for family in FAMILIES for name, arguments in family.OPCHECKS.items()}

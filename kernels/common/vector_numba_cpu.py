@@ -22,7 +22,7 @@ FLAGS = ("contract", "nsz")
 class Vector(types.Type):
     """Some consecutive values of one row; ``partial`` where the row may end before the vector does."""
 
-    def __init__(self, dtype: types.Float, size: int, partial: bool) -> None:
+    def __init__(self, dtype: Any, size: int, partial: bool) -> None:
         self.dtype, self.lanes, self.partial = dtype, size * 8 // dtype.bitwidth, partial
         super().__init__(f"Vector({dtype}, {self.lanes}, {partial})")
 
@@ -30,7 +30,8 @@ class Vector(types.Type):
 @register_model(Vector)
 class _Model(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector) -> None:
-        element = ir.FloatType() if vector.dtype == types.float32 else ir.DoubleType()
+        real = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+        element = real.get(vector.dtype) or ir.IntType(vector.dtype.bitwidth)
         super().__init__(manager, vector, ir.VectorType(element, vector.lanes))
 
 
@@ -66,11 +67,12 @@ def _mask(builder: Any, left: Any, lanes: int) -> Any:
     """Return which lanes are among the ``left`` first."""
     left = builder.trunc(left, LANE)
     return builder.icmp_signed(
-        "<", ir.Constant(ir.VectorType(LANE, lanes), list(range(lanes))), _spread(builder, left, lanes)
+        "<", ir.Constant(ir.VectorType(LANE, lanes), list(range(lanes))), spread(builder, left, lanes)
     )
 
 
-def _spread(builder: Any, value: Any, lanes: int) -> Any:
+def spread(builder: Any, value: Any, lanes: int) -> Any:
+    """Return a vector of one value."""
     undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, value, LANE(0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(LANE, lanes), [0] * lanes))
@@ -120,7 +122,7 @@ def add_scaled(typingctx, total, scale, vector):
 
     def codegen(context, builder, signature, arguments):
         total, scale, vector = arguments
-        scale = _spread(builder, scale, vector.type.count)
+        scale = spread(builder, scale, vector.type.count)
         return builder.fadd(total, builder.fmul(scale, vector, flags=FLAGS), flags=FLAGS)
 
     return total(total, total.dtype, vector), codegen
