@@ -10,9 +10,9 @@ from perturbcore.benches.case import Case
 
 CASES: tuple[Case, ...] = (*graph.CASES,)
 if find_spec("anndata"):  # a machine for kernels alone lacks what models need
-    from perturbcore.benches import adapert
+    from perturbcore.benches import adapert, evaluation
 
-    CASES += adapert.CASES
+    CASES += (*adapert.CASES, *evaluation.CASES)
 
 
 def select(patterns: Sequence[str]) -> list[Case]:
