@@ -56,6 +56,21 @@ def test_groups_of_many_cells_equal_scipy(form):
     assert_scipys((u, p_value), cells, ptr, control)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.concatenate([np.linspace(1, 1.001, 300), [1e6]]),  # all but one in one interval
+        np.float64([1e-308, 1e308, -1e308] * 40),  # a range that is no number
+        np.repeat([1.0, 2.0, 3.0], 100),
+    ],
+    ids=["crowded", "endless", "tied"],
+)
+def test_values_of_any_spread_are_ranked(values):
+    rng = np.random.default_rng(0)
+    cells, control = rng.permutation(values)[:, None], rng.permutation(values)[: len(values) // 2, None]
+    assert_scipys(rank_sum(cells, np.array([0, len(cells)]), control), cells, np.array([0, len(cells)]), control)
+
+
 def test_whole_numbers_are_taken_as_they_are():
     counts, control = (np.random.default_rng(seed).poisson(1.0, (30, 5)) for seed in (0, 1))
     assert_scipys(rank_sum(counts, np.array([0, 30]), control), counts, np.array([0, 30]), control)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 ROWS = 1024  # of a block of cells: what one thread regroups at a time
-FEW = 64  # values that insertion sorts fastest
+FEW = 32  # values that insertion sorts fastest
 # only the loops written with prange are parallel; not looking for others shortens compilation
 OTHERS = ("comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil")
 PARALLEL: dict[str, Any] = {"cache": True, "parallel": {"prange": True} | dict.fromkeys(OTHERS, False)}
@@ -147,9 +147,11 @@ def _rank(
     control_mean: Any,
     control_squares: Any,
 ) -> None:
+    most = max(num_controls, sizes.max() if sizes.size else 0)
     for gene in prange(start.shape[1]):
         own = controls[control_start[0, gene] : control_start[1, gene]]
-        _sort(own)
+        spare, first_of = np.empty(most, values.dtype), np.empty(most + 2, np.int64)
+        _sort(own, spare, first_of)
         zeros = num_controls - own.size
         distinct, below = np.empty(own.size + 1, own.dtype), np.empty(own.size + 2, np.int64)
         num_distinct, zero = _tally(own, zeros, distinct, below)
@@ -160,7 +162,7 @@ def _rank(
         control_mean[gene], control_squares[gene] = _moments(own, num_controls)
         for group in range(sizes.size):
             cells = values[start[group, gene] : start[group + 1, gene]]
-            _sort(cells)
+            _sort(cells, spare, first_of)
             own_zeros = sizes[group] - cells.size
             wins = own_zeros * (below[zero] + 0.5 * zeros)
             tied = _tie_term(zeros + own_zeros) - _tie_term(zeros)
@@ -215,8 +217,12 @@ def _moments(values: Any, count: Any) -> Any:
 
 @njit(cache=True)
 def _lower_bound(ordered: Any, start: Any, value: Any) -> Any:
-    """First position at or after `start` whose value is not below `value`; a halving without branches to mispredict."""
-    base, length = start, ordered.size - start
+    """First position at or after `start` whose value is not below `value`, sought in doubling steps, then by halves."""
+    base, step = start, 1
+    while base + step <= ordered.size and ordered[base + step - 1] < value:
+        base += step
+        step *= 2
+    length = min(step, ordered.size - base)
     while length > 1:
         half = length >> 1
         base += half if ordered[base + half - 1] < value else 0
@@ -225,16 +231,39 @@ def _lower_bound(ordered: Any, start: Any, value: Any) -> Any:
 
 
 @njit(cache=True)
-def _sort(values: Any) -> None:
+def _sort(values: Any, spare: Any, first: Any) -> None:
+    """Sort by insertion, many values after they are spread over as many equal intervals; fits `spare` and `first`."""
     if values.size > FEW:
-        values.sort()
-        return
+        low, high = values.min(), values.max()
+        scale = values.size / (np.float64(high) - np.float64(low))
+        if not 0 < scale < np.inf or not _spread(values, low, scale, spare, first):
+            values.sort()
+            return
     for i in range(1, values.size):
         value, at = values[i], i
         while at > 0 and values[at - 1] > value:
             values[at] = values[at - 1]
             at -= 1
         values[at] = value
+
+
+@njit(cache=True)
+def _spread(values: Any, low: Any, scale: Any, spare: Any, first: Any) -> Any:
+    """Order the values by interval, `scale` intervals to a unit; False, and nothing done, where one has too many."""
+    size = values.size
+    first[: size + 2] = 0
+    for i in range(size):
+        spare[i] = values[i]
+        first[np.int64((np.float64(values[i]) - low) * scale) + 1] += 1
+    for i in range(size + 1):
+        if first[i + 1] > FEW:
+            return False
+        first[i + 1] += first[i]
+    for i in range(size):
+        interval = np.int64((np.float64(spare[i]) - low) * scale)
+        values[first[interval]] = spare[i]
+        first[interval] += 1
+    return True
 
 
 @njit(cache=True)
