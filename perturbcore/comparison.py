@@ -33,6 +33,7 @@ from perturbcore.data import (
 from perturbcore.data.errors import suggest
 from perturbcore.metrics import METRICS, Scores, evaluate
 from perturbcore.metrics.align import align
+from perturbcore.metrics.scores import MIN_DE_GENES
 from perturbcore.metrics.verdict import HEADLINES
 from perturbcore.models import BASELINES, MODELS
 from perturbcore.models.base import Model
@@ -180,10 +181,18 @@ def compare(
 
     say("scoring")
     scores = evaluate(prepared, predicted, split, seed=seed)
-    write_scores(out, scores)
+    paired = scores.comparisons(
+        tuple(HEADLINES), [(a, b) for a in predicted for b in predicted if a in MODELS and b != a]
+    )
+    write_scores(out, scores, paired)
     manifest |= {
         "verdict": {label: _verdict(scores, label) for label in predicted if label in MODELS},
-        "paired": _paired(scores),
+        "paired": _records(paired),
+        "scorable": {
+            "conditions": len(scores.conditions),
+            "responding": scores.num_responding,
+            "min_de_genes": MIN_DE_GENES,
+        },
         "notes": scores.notes,
         "status": "complete",
         "seconds": round(time.monotonic() - started, 2),
@@ -316,18 +325,6 @@ def _verdict(scores: Scores, model: str) -> dict[str, list[str]]:
     """The sentences of a verdict: one per headline metric against the others, the rest on collapse."""
     sentences = scores.verdict(model)
     return {"against": sentences[: len(HEADLINES)], "collapse": sentences[len(HEADLINES) :]}
-
-
-def _paired(scores: Scores) -> list[dict[str, Any]]:
-    """Every model against every baseline on the headline metrics, NaN as null."""
-    rows = [
-        {"model": model, "other": other, "metric": metric} | scores.paired(model, other, metric)._asdict()
-        for metric in HEADLINES
-        for model in scores.models
-        for other in scores.models
-        if model in MODELS and other in BASELINES
-    ]
-    return _records(pd.DataFrame(rows)) if rows else []
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perturbcore.metrics import Scores
+from perturbcore.metrics.scores import MEASURED
 from perturbcore.training import METRICS as EPOCHS
 from perturbcore.training import write_atomic
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
 
@@ -53,19 +55,45 @@ def claim(out: Path, *, replace_job: str | None = None, resume: bool = False) ->
     raise OutputExists(f"{out} {held}. {', '.join(filter(None, choices))}")
 
 
-def write_scores(out: Path, scores: Scores) -> None:
-    """Write `scores.csv`, `per_perturbation.csv` and `deltas.npz` into a folder, each atomically."""
-    write_atomic(out / "scores.csv", scores.scores.to_csv(index=False).encode())
-    write_atomic(out / "per_perturbation.csv", scores.per_perturbation.to_csv(index=False).encode())
-    arrays: dict[str, Any] = {
+def write_scores(out: Path, scores: Scores, paired: pd.DataFrame) -> None:
+    """Write the tables and arrays of an evaluation into a folder, each file atomically.
+
+    `scores.csv`, `scores_responding.csv`, `ceiling.csv`, `per_perturbation.csv` and `paired.csv`; responses in
+    `deltas.npz`, differential expression and Wasserstein distance by gene in `de.npz`, principal components in
+    `pca.npz`.
+    """
+    tables = {
+        "scores": scores.scores,
+        "scores_responding": scores.responding,
+        "ceiling": scores.ceiling,
+        "per_perturbation": scores.per_perturbation,
+        "paired": paired,
+    }
+    for name, table in tables.items():
+        write_atomic(out / f"{name}.csv", table.to_csv(index=False).encode())
+    labels = {
         "context": np.array([c.context for c in scores.conditions]),
         "perturbation": np.array([str(c.perturbation) for c in scores.conditions]),
         "gene": np.asarray(scores.genes, dtype=str),
-        "real": scores.deltas["real"].astype(np.float32),
-    } | {f"pred_{name}": scores.deltas[name].astype(np.float32) for name in scores.models}
+    }
+    deltas = {"real" if name == MEASURED else f"pred_{name}": values for name, values in scores.deltas.items()}
+    _write_npz(out / "deltas.npz", labels, deltas)
+    by_gene: dict[str, Any] = {}
+    for name, gene in scores.by_gene.items():
+        by_gene |= {f"lfc_{name}": gene.log2_fold_change, f"fdr_{name}": gene.fdr}
+        by_gene |= {} if gene.w1 is None else {f"w1_{name}": gene.w1}
+    _write_npz(out / "de.npz", labels, by_gene)
+    spaces = {f"mean_{i}": space.mean for i, space in enumerate(scores.spaces.values())}
+    spaces |= {f"components_{i}": space.components for i, space in enumerate(scores.spaces.values())}
+    contexts = {"context": np.array(list(scores.spaces), dtype=str), "gene": labels["gene"]}
+    _write_npz(out / "pca.npz", contexts, spaces)
+
+
+def _write_npz(path: Path, labels: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write labels as they are and arrays in float32, compressed."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomic(out / "deltas.npz", buffer.getvalue())
+    np.savez_compressed(buffer, **labels, **{name: array.astype(np.float32) for name, array in arrays.items()})
+    write_atomic(path, buffer.getvalue())
 
 
 def write_h5ad(path: Path, adata: AnnData) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from perturbcore.data import Perturbation
 from perturbcore.metrics import METRICS, Comparison, DETable
+from perturbcore.metrics.comparison import CellDistances
 
 
 def table(lfc, fdr) -> DETable:
@@ -35,6 +36,12 @@ def compare(real, pred, **parts) -> Comparison:
     return Comparison(**(given | parts))
 
 
+def distances(n_perturbations: int, n_genes: int, draw) -> CellDistances:
+    """Distances of cells, of which nothing but their size is drawn."""
+    shapes = [(n_perturbations,)] * 4 + [(n_perturbations, n_genes)] * 2
+    return CellDistances(*(draw(shape) for shape in shapes))
+
+
 def value(name: str, comparison: Comparison, weights=None) -> np.ndarray:
     metric = METRICS[name]
     if metric.level == "perturbation":
@@ -60,4 +67,6 @@ def random_comparison(seed: int, n_perturbations: int = 9, n_genes: int = 40, no
         de_pred=tables[1],
         edistance_real=np.square(real).mean(axis=1),
         edistance_pred=np.square(pred).mean(axis=1),
+        control_halves=5 + rng.normal(0, 0.2, (4, 2, n_genes)),
+        cells=distances(n_perturbations, n_genes, rng.random),
     )

@@ -48,7 +48,12 @@ def test_run_folder_holds_everything_promised(finished: tuple[Path, Scores]) -> 
     models = ["adapert", *BASELINES]
     expected = {
         "scores.csv",
+        "scores_responding.csv",
         "per_perturbation.csv",
+        "paired.csv",
+        "ceiling.csv",
+        "de.npz",
+        "pca.npz",
         "report.html",
         "manifest.json",
         "split.json",

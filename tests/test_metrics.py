@@ -7,11 +7,12 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from comparisons import compare, random_comparison, table, take, value
+from comparisons import compare, distances, random_comparison, table, take, value
 from scipy import stats
 from scipy.spatial.distance import cdist
 
 from perturbcore.metrics import METRICS, register
+from perturbcore.metrics.comparison import CellDistances
 
 CELL_EVAL_NAMES = [
     *(f"{name}_at_{k}" for name in ("overlap", "precision") for k in ("N", 50, 100, 200, 500)),
@@ -65,9 +66,12 @@ def test_perfect_prediction_reaches_the_best_value(metric):
         train_delta_mean=comparison.train_delta_mean,
         de_real=comparison.de_real,
         de_pred=comparison.de_real,
+        control_halves=np.full((1, 2, len(comparison.genes)), 5.0),
+        cells=distances(*small.shape, np.zeros),
+        edistance_real=comparison.edistance_real,
+        edistance_pred=comparison.edistance_real,
     )
-    distances = dict.fromkeys(("edistance_real", "edistance_pred"), comparison.edistance_real)
-    perfect = replace(perfect, pred=perfect.real, control_pred=perfect.control_real, **distances)
+    perfect = replace(perfect, pred=perfect.real, control_pred=perfect.control_real)
     got = value(metric.name, perfect)
     np.testing.assert_allclose(got[np.isfinite(got)], metric.best, atol=1e-12)
     assert np.isfinite(got).any()
@@ -86,6 +90,8 @@ def test_order_of_genes_and_of_perturbations_does_not_matter(metric):
         train_delta_mean=comparison.train_delta_mean[genes],
         de_real=take(comparison.de_real, rows, genes),
         de_pred=take(comparison.de_pred, rows, genes),
+        control_halves=comparison.control_halves[..., genes],
+        cells=CellDistances(*(a[rows] if a.ndim == 1 else a[np.ix_(rows, genes)] for a in comparison.cells)),
         edistance_real=comparison.edistance_real[rows],
         edistance_pred=comparison.edistance_pred[rows],
     )
@@ -359,7 +365,7 @@ def test_control_mean_predictor_has_no_correlation_and_chance_discrimination():
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
 def test_a_missing_part_gives_nan_never_zero(metric):
-    parts = ("train_delta_mean", "de_real", "de_pred", "edistance_real", "edistance_pred")
+    parts = ("train_delta_mean", "de_real", "de_pred", "control_halves", "cells", "edistance_real", "edistance_pred")
     bare = replace(random_comparison(15), **dict.fromkeys(parts))
     got = value(metric.name, bare)
     assert np.isfinite(got).all() if metric.name in NEED_RESPONSES_ALONE else np.isnan(got).all()

@@ -12,6 +12,8 @@ import typer
 from perturbcore.cli import options
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from perturbcore.data import Screen
 
 
@@ -104,6 +106,13 @@ def predict(
     print(f"{out}: {predicted.n_obs:,} predicted cells of {len(asked)} perturbations and their controls, {cells.scale}")
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"--target-sum is {text!r}; it is a number, or median.") from None
+
+
 def _target_sum(scale: str) -> float:
     """The target sum in the words of a model's scale: "log1p, target sum 4,000"."""
     word = scale.rpartition(" ")[2].replace(",", "")
@@ -127,56 +136,96 @@ def evaluate(
     control: options.Control = "auto",
     context_column: options.ContextColumn = "auto",
     scale: options.Scale = "auto",
+    target_sum: Annotated[
+        str | None,
+        typer.Option(metavar="N|median", help="Target sum that predictions were scaled to, where they do not say it."),
+    ] = None,
+    predicted_control: Annotated[
+        str,
+        typer.Option(
+            metavar="own|measured", help="Control cells that predicted responses are taken from: the file's, or yours."
+        ),
+    ] = "own",
     seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the tables into this new folder.")] = None,
+    cell_eval: Annotated[
+        Path | None,
+        typer.Option(
+            "--cell-eval", metavar="DIR", help="Also write files that cell-eval run accepts into this folder."
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Score predicted cells against a measured screen, from any model that writes h5ad.
+    """Score predicted cells against a measured screen, from any program that writes h5ad.
 
     A file's name, without pred_ and .h5ad, is the name of its model. Genes are matched by name; raw counts of the
-    screen are brought to the scale of the predictions.
+    screen are brought to the scale of the predictions. Columns and control label of a prediction may have other usual
+    names than the screen's; what was taken for what is printed.
 
     Example: perturbcore evaluate screen.h5ad runs/first/pred_adapert.h5ad --split runs/first/split.json
     """
     import anndata
 
     from perturbcore.data import DataError, make_split, read
+    from perturbcore.interchange import to_cell_eval
     from perturbcore.metrics import evaluate as score
     from perturbcore.run_folder import claim, write_scores
 
-    if out is not None:
-        claim(out)
+    for folder in (out, cell_eval):
+        if folder is not None:
+            claim(folder)
+    if predicted_control not in ("own", "measured"):
+        raise typer.BadParameter(f"--predicted-control is {predicted_control!r}; it is own or measured.")
     screen = read(file, perturbation, control, context_column, None, scale, verbose=not as_json)
     predicted = {}
     for path in predictions:
         if not path.exists():
             raise DataError(f"There is no file '{path}'.")
+        name = path.stem.removeprefix("pred_")
+        if name in predicted:
+            raise DataError(f"Two predictions are named {name!r}, after their files; rename one of them.")
         try:
-            predicted[path.stem.removeprefix("pred_")] = anndata.read_h5ad(path)
+            predicted[name] = anndata.read_h5ad(path)
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise DataError(f"'{path}' cannot be read as AnnData: {str(error).splitlines()[0]}.") from error
     made = None if split is None else make_split(split, screen, context=context, seed=seed)
-    first = next(iter(predicted.values()))
-    scores = score(_on_scale_of(first, screen), predicted, made, seed=seed)
+    screen = _on_scale_of(next(iter(predicted.values())), screen, target_sum)
+    scores = score(screen, predicted, made, control=predicted_control, seed=seed)  # type: ignore[arg-type]
     if out is not None:
         os.makedirs(out, exist_ok=True)
-        write_scores(out, scores)
+        write_scores(out, scores, scores.comparisons())
+    commands = []
+    if cell_eval is not None:
+        for name, cells in predicted.items():
+            folder = cell_eval / name if len(predicted) > 1 else cell_eval
+            commands += [pair.command for pair in to_cell_eval(cells, screen, folder)]
     if as_json:
-        print(json.dumps({"scores": json.loads(scores.scores.to_json(orient="records")), "notes": scores.notes}))
+        said = {"notes": scores.notes, "responding": scores.num_responding, "cell_eval": commands}
+        tables = {"scores": scores.scores, "ceiling": scores.ceiling}
+        print(json.dumps({name: json.loads(t.to_json(orient="records")) for name, t in tables.items()} | said))
         return
     for note in scores.notes:
         print(note)
-    print(scores.table().T.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-"))
+    table = scores.table().T.assign(ceiling=scores.ceiling.set_index("metric")["mean"])
+    print(table.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-"))
     for name in scores.models:
         print(f"\n{name}\n  " + "\n  ".join(scores.verdict(name)))
+    print(*("", *commands), sep="\n")
 
 
-def _on_scale_of(prediction: object, screen: Screen) -> Screen:
+def _on_scale_of(prediction: AnnData, screen: Screen, target_sum: str | None) -> Screen:
     """Bring raw counts to the prediction's scale, and keep the prediction's genes where all of them are measured."""
+    from perturbcore.data import DataError
     from perturbcore.data.scale import declared_scale
 
-    declared = declared_scale(prediction.uns)  # type: ignore[attr-defined]
-    if screen.scale.kind == "counts" and declared is not None and declared[0].kind == "log1p":
-        screen = screen.normalise(declared[0].target_sum or "median")
-    genes = set(prediction.var_names)  # type: ignore[attr-defined]
+    declared = declared_scale(prediction.uns)
+    if screen.scale.kind == "counts" and (declared is None or declared[0].kind == "log1p"):
+        said = None if declared is None else declared[0].target_sum
+        if said is None and target_sum is None:
+            raise DataError(
+                "The screen holds raw counts and the predictions do not say to which sum theirs were scaled; give it "
+                "with --target-sum (a number, or median), or the screen as log1p on the scale of the predictions."
+            )
+        screen = screen.normalise(said or ("median" if target_sum == "median" else _number(str(target_sum))))
+    genes = set(prediction.var_names)
     return screen.select_genes([g for g in screen.genes if g in genes]) if genes < set(screen.genes) else screen

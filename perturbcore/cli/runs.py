@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results; must be new or empty.")]
 COLUMNS = {  # of the table printed at the end, in this order
-    "pearson_delta": "Pearson Δ",
+    "pearson_delta_disjoint": "Pearson Δ",
     "discrimination_score_l1": "discrimination",
     "mae_delta": "MAE of Δ",
     "variance_ratio": "variance ratio",

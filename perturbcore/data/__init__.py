@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from perturbcore.data.identifiers import check_knowledge, check_shared_names, identifier_kind
     from perturbcore.data.knowledge import KnowledgeGraph
     from perturbcore.data.perturbation import Condition, Perturbation
-    from perturbcore.data.prediction import predictions, shift_cells, with_controls
+    from perturbcore.data.prediction import plain_cells, predictions, shift_cells, with_controls
     from perturbcore.data.reader import read
     from perturbcore.data.scale import Scale
     from perturbcore.data.screen import Pseudobulk, Screen
@@ -48,6 +48,7 @@ __all__ = [
     "highly_variable_genes",
     "identifier_kind",
     "make_split",
+    "plain_cells",
     "predictions",
     "prepare",
     "read",
@@ -81,6 +82,7 @@ _HOME = {
     "highly_variable_genes": "genes",
     "identifier_kind": "identifiers",
     "make_split": "split_rules",
+    "plain_cells": "prediction",
     "predictions": "prediction",
     "prepare": "genes",
     "read": "reader",

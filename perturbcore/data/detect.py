@@ -42,7 +42,7 @@ def labels_of(adata: AnnData, key: str) -> pd.Series:
     return text
 
 
-def find_perturbation(adata: AnnData, asked: str, control: str) -> str:
+def find_perturbation(adata: AnnData, asked: str, control: str = "auto") -> str:
     """Return the obs column that says which gene was perturbed."""
     if asked != "auto":
         return _present(adata, asked, "perturbation", PERTURBATION_COLUMNS)

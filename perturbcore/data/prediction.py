@@ -9,6 +9,7 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from anndata import AnnData
 
 from perturbcore.data.errors import DataError
@@ -70,6 +71,22 @@ def predictions(
         obs=obs,
         var=pd.DataFrame(index=pd.Index(screen.genes)),
         uns={"perturbcore": own} | dict(extra_uns or {}),
+    )
+
+
+def plain_cells(screen: Screen, rows: np.ndarray, like: Screen) -> AnnData:
+    """Return some cells with nothing but expression (CSR, float32), labels in the spelling of ``like``, and scale."""
+    code = screen.perturbation_code[rows]
+    label_of = np.array([*map(like.label, screen.perturbations), like.control_label], dtype=object)  # controls: -1
+    obs = pd.DataFrame({like.perturbation_key: pd.Categorical(label_of[code])}, index=screen.adata.obs_names[rows])
+    if like.context_key:
+        obs[like.context_key] = pd.Categorical(np.array(screen.contexts)[screen.context_code[rows]])
+    own = {"scale": screen.scale.to_uns(), "control_label": like.control_label}
+    return AnnData(
+        X=sp.csr_matrix(screen.adata.X[rows]),
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(screen.genes)),
+        uns={"perturbcore": own | {"perturbation_key": like.perturbation_key}},
     )
 
 

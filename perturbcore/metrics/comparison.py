@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 Values = NDArray[np.float64]
 
 
+class CellDistances(NamedTuple):
+    """Distances of predicted from measured cells, of P perturbations: [P], or by gene [P, G]; NaN without cells."""
+
+    w1: Values
+    w2: Values
+    energy: Values
+    mse: Values  # of the means, in principal components
+    w1_gene: Values
+    w2_gene: Values
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Measured against predicted expression of P perturbations over G genes in one context.
@@ -25,7 +37,8 @@ class Comparison:
     mean of each side's own control cells, [G]. `train_delta_mean` [G] is the mean response of the training
     perturbations, None when no split is known; `de_real` and `de_pred` are None when differential expression was not
     computed; `edistance_real` and `edistance_pred` [P] are each side's energy distances from its own controls
-    (`metrics.edistance`), None likewise. A metric that needs a missing part is NaN.
+    (`metrics.edistance`); `control_halves` [R, 2, G] are mean profiles of disjoint halves of the measured control
+    cells; `cells` are the distances of predicted from measured cells. A metric that needs a missing part is NaN.
     """
 
     context: str
@@ -38,6 +51,8 @@ class Comparison:
     train_delta_mean: Values | None = None
     de_real: DETable | None = None
     de_pred: DETable | None = None
+    control_halves: Values | None = None
+    cells: CellDistances | None = None
     edistance_real: Values | None = None
     edistance_pred: Values | None = None
 
@@ -55,6 +70,14 @@ class Comparison:
     def delta_pred(self) -> Values:
         """Predicted response: mean perturbed − mean control of the predicted side, [P, G]."""
         return self.pred - self.control_pred
+
+    def disjoint_deltas(self) -> Iterator[tuple[Values, Values]]:
+        """Predicted and measured responses [P, G], each from another half of the measured controls, for every halving.
+
+        Noise in the controls, which one and the same mean would put under both responses, does not correlate here.
+        """
+        for under_pred, under_real in () if self.control_halves is None else self.control_halves:
+            yield self.pred - under_pred, self.real - under_real
 
     @cached_property
     def targets(self) -> list[NDArray[np.int64]]:

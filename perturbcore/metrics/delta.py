@@ -30,10 +30,7 @@ def pearson_delta(comparison: Comparison) -> Values:
 @register(best=1, low=-1, high=1)
 def spearman_delta(comparison: Comparison) -> Values:
     """Spearman correlation over genes of predicted and measured Δ."""
-    pred, real = comparison.delta_pred, comparison.delta_real
-    value = row_correlation(rankdata(pred, axis=1), rankdata(real, axis=1))
-    value[_flat(pred) | _flat(real)] = np.nan
-    return value
+    return rank_correlation(comparison.delta_pred, comparison.delta_real)
 
 
 @register(best=0, low=0, high=INFINITY)
@@ -151,12 +148,19 @@ def row_correlation(x: Values, y: Values) -> Values:
     """Pearson correlation of each row of x [P, G] with that row of y: [P]; NaN where a row has no variation."""
     if not x.shape[1]:
         return np.full(len(x), np.nan)
-    undefined = _flat(x) | _flat(y)
+    undefined = is_flat(x) | is_flat(y)
     x = x - x.mean(axis=1, keepdims=True)
     y = y - y.mean(axis=1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = np.clip((x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)), -1.0, 1.0)
     value[undefined] = np.nan
+    return value
+
+
+def rank_correlation(x: Values, y: Values) -> Values:
+    """Spearman correlation of each row of x [P, G] with that row of y: [P]; NaN where a row has no variation."""
+    value = row_correlation(rankdata(x, axis=1), rankdata(y, axis=1))
+    value[is_flat(x) | is_flat(y)] = np.nan
     return value
 
 
@@ -173,7 +177,8 @@ def _same_direction(comparison: Comparison) -> NDArray[np.bool_]:
     return (comparison.delta_pred > 0) == (comparison.delta_real > 0)
 
 
-def _flat(x: Values) -> NDArray[np.bool_]:
+def is_flat(x: Values) -> NDArray[np.bool_]:
+    """Whether a row of x [P, G] varies less than what means of float32 values resolve: [P]."""
     return np.ptp(x, axis=1) < RESOLUTION
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
+from scipy import sparse
 
 from perturbcore.data import Condition, DataError, Screen, Split
 from perturbcore.metrics.align import align, conditions_to_judge
-from perturbcore.metrics.comparison import Comparison, Values
-from perturbcore.metrics.de import DETable, differential_expression
-from perturbcore.metrics.edistance import edistance
-from perturbcore.metrics.registry import METRICS
-from perturbcore.metrics.scores import MEASURED, Scores, draw_weights, interval, weighted_mean
+from perturbcore.metrics.comparison import CellDistances, Comparison, Values
+from perturbcore.metrics.populations import Population, control_halves
+from perturbcore.metrics.scores import MEASURED, Scores
+from perturbcore.metrics.summary import score
+from perturbcore.metrics.transport import Space, cell_distances
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+Control = Literal["own", "measured"]
 
 
 def evaluate(
@@ -27,14 +28,20 @@ def evaluate(
     split: Split | None = None,
     *,
     conditions: Iterable[Condition] | None = None,
+    control: Control = "own",
     seed: int = 0,
 ) -> Scores:
     """Score every model on every registered metric, context by context.
 
-    Responses are differences of means to each side's own controls; a prediction without control cells is compared with
-    the measured ones (said in `Scores.notes`). The conditions are `conditions`, else the test part of the split, else
-    all that were predicted. The split also gives the mean training response; without it the metrics that need it are
-    NaN. Values that cannot be computed are NaN and left out of the means, whose `n` counts the rest.
+    Responses are differences of means of perturbed and control cells. Measured ones are taken from the measured
+    controls; predicted ones from the controls that the prediction holds (`control="own"`, as cell-eval does) or from
+    the measured ones too (`"measured"`); `Scores.notes` says which were used. The metrics named `..._disjoint` take
+    either side from another half of the measured controls, so that their noise is not shared.
+
+    The conditions are `conditions`, else the test part of the split, else all that were predicted. The split also gives
+    the mean training response; without it the metrics that need it are NaN. Values that cannot be computed are NaN and
+    left out of the means, whose `n` counts the rest. `Scores.ceiling` scores one half of the measured cells against the
+    other; `Scores.responding` holds the scores over conditions with at least 5 measured DE genes.
 
     Intervals are 95 % percentile bootstrap over conditions (1,000 resamples from `seed`, the same for all models).
 
@@ -43,137 +50,99 @@ def evaluate(
         predictions: predicted cells by model name, with the obs columns and genes (any order) of `real`.
         split: what was trained on and what is tested.
         conditions: conditions to score instead of the test part.
-        seed: of the bootstrap.
+        control: which control cells predicted responses are taken from.
+        seed: of the bootstrap, of the halves, and of the cells drawn for joint distances.
 
     Raises:
         DataError: the screen holds counts, nothing is to be scored, or a prediction does not fit the screen (`align`).
+        ValueError: an unknown `control`.
     """
+    if control not in ("own", "measured"):
+        raise ValueError(f"control is {control!r}; expected 'own' (of the prediction) or 'measured'.")
     if real.scale.kind != "log1p":
         raise DataError("Metrics need log1p expression, but the screen holds counts; normalise it first.")
     if not predictions:
         raise DataError("There is no prediction to score.")
     if MEASURED in predictions:
         raise DataError(f"{MEASURED!r} names the measured responses; give that model another name.")
-    predicted = {name: align(name, prediction, real) for name, prediction in predictions.items()}
+    aligned = {name: align(name, prediction, real) for name, prediction in predictions.items()}
+    predicted = {name: screen for name, (screen, _) in aligned.items()}
     judged = conditions_to_judge(real, predicted, split, conditions)
-    by_context = {
-        context: [c for c in judged if c.context == context] for context in sorted({c.context for c in judged})
-    }
-    train_mean = _training_means(real, split, list(by_context)) if split is not None else {}
-    measured = {context: _profile(real, real, chosen) for context, chosen in by_context.items()}
-    notes: list[str] = []
-    compared: dict[str, list[Comparison]] = {}
-    for name, screen in predicted.items():
-        compared[name] = []
-        if bare := [context for context in by_context if not len(screen.controls(context))]:
-            notes.append(f"{name}: no control cells predicted in {', '.join(bare)}; the measured ones stand in.")
-        for context, chosen in by_context.items():
-            pred, control_pred, de_pred, edistance_pred = _profile(screen, real if context in bare else screen, chosen)
-            mean, control, de, edistance_real = measured[context]
-            compared[name].append(
-                Comparison(
-                    context=context,
-                    genes=real.genes,
-                    perturbations=tuple(condition.perturbation for condition in chosen),
-                    real=mean,
-                    pred=pred,
-                    control_real=control,
-                    control_pred=control_pred,
-                    train_delta_mean=train_mean.get(context),
-                    de_real=de,
-                    de_pred=de_pred,
-                    edistance_real=edistance_real,
-                    edistance_pred=edistance_pred,
-                )
-            )
-    return score(compared, notes=notes, seed=seed)
+    train_mean = _training_means(real, split, judged) if split is not None else {}
+    notes = [note for _, notes in aligned.values() for note in notes]
+    notes += _control_notes(predicted, judged, control)
+    compared: dict[str, list[Comparison]] = {name: [] for name in predicted}
+    ceiling: list[Comparison] = []
+    spaces: dict[str, Space] = {}
+    for context in sorted({condition.context for condition in judged}):
+        chosen = [condition for condition in judged if condition.context == context]
+        measured = Population.of(real, chosen)
+        space = spaces[context] = Space.fit(_stack(measured.cells, measured.control), seed)
+        populations = {
+            name: Population.of(screen, chosen, screen if control == "own" and len(screen.controls(context)) else real)
+            for name, screen in predicted.items()
+        }
+        distances = cell_distances(measured, populations, space, seed)
+        halves = control_halves(measured.control, seed)
+        mean = train_mean.get(context)
+        for name, population in populations.items():
+            compared[name].append(_compare(chosen, real, measured, population, halves, distances[name], mean))
+        first, second = measured.halves(seed)
+        (apart,) = cell_distances(first, {"": second}, space, seed).values()
+        own_halves = np.stack([second.contrast.control_mean, first.contrast.control_mean])[None]
+        ceiling.append(_compare(chosen, real, first, second, own_halves, apart, mean))
+    return score(compared, ceiling, spaces=spaces, notes=notes, seed=seed)
 
 
-def score(compared: Mapping[str, list[Comparison]], *, notes: list[str] | None = None, seed: int = 0) -> Scores:
-    """Apply every registered metric to the comparisons of each model, one per context, and draw the intervals.
-
-    All models must be compared on the same contexts and perturbations, in the same order. A metric of all perturbations
-    together is computed per context and averaged by number of perturbations.
-    """
-    first = next(iter(compared.values()))
-    conditions = tuple(Condition(c.context, perturbation) for c in first for perturbation in c.perturbations)
-    bounds = np.cumsum([0, *(c.num_perturbations for c in first)])
-    weights = draw_weights(len(conditions), seed)
-    detail: list[pd.DataFrame] = []
-    summary: list[dict[str, object]] = []
-    for model, comparisons in compared.items():
-        for name, metric in METRICS.items():
-            if metric.level == "perturbation":
-                values = np.concatenate([metric.function(c) for c in comparisons])
-                mean, resampled = weighted_mean(values, np.ones((1, len(values)))), weighted_mean(values, weights)
-                n = int(np.isfinite(values).sum())
-                detail.append(_rows(model, conditions, name, values))
-            else:
-                parts = [(c, weights[:, a:b]) for c, a, b in zip(comparisons, bounds[:-1], bounds[1:], strict=True)]
-                values = np.concatenate([metric.function(c, np.ones((1, c.num_perturbations))) for c in comparisons])
-                sizes = np.diff(bounds)[None].astype(float)
-                mean = weighted_mean(values, sizes)
-                resampled = _resample(metric.function, parts) if metric.resampled else np.full(1, np.nan)
-                n = int(sizes[0, np.isfinite(values)].sum())
-            low, high = interval(resampled) if n > 1 else (np.nan, np.nan)
-            summary.append(
-                {"model": model, "metric": name, "mean": float(mean[0]), "ci_low": low, "ci_high": high, "n": n}
-            )
-    return Scores(
-        per_perturbation=pd.concat(detail, ignore_index=True),
-        scores=pd.DataFrame(summary),
-        deltas={MEASURED: np.concatenate([c.delta_real for c in first])}
-        | {model: np.concatenate([c.delta_pred for c in comparisons]) for model, comparisons in compared.items()},
-        conditions=conditions,
-        genes=first[0].genes,
-        notes=notes or [],
-        seed=seed,
+def _compare(
+    conditions: list[Condition],
+    screen: Screen,
+    real: Population,
+    pred: Population,
+    halves: Values | None,
+    distances: CellDistances,
+    train_delta_mean: Values | None,
+) -> Comparison:
+    return Comparison(
+        context=conditions[0].context,
+        genes=screen.genes,
+        perturbations=tuple(condition.perturbation for condition in conditions),
+        real=real.contrast.mean,
+        pred=pred.contrast.mean,
+        control_real=real.contrast.control_mean,
+        control_pred=pred.contrast.control_mean,
+        train_delta_mean=train_delta_mean,
+        de_real=real.contrast.de,
+        de_pred=pred.contrast.de,
+        control_halves=halves,
+        cells=distances,
+        edistance_real=real.edistance,
+        edistance_pred=pred.edistance,
     )
 
 
-def _profile(
-    screen: Screen, control_screen: Screen, conditions: list[Condition]
-) -> tuple[Values, Values, DETable, Values]:
-    """Of one context: means of conditions [P, G] and controls [G], differential expression, energy distances [P]."""
-    rows = [screen.cells(condition) for condition in conditions]
-    controls = control_screen.controls(conditions[0].context)
-    mean = np.stack([screen.mean(cells) for cells in rows]).astype(np.float64)
-    ptr = np.cumsum([0, *map(len, rows)])
-    compared = screen.adata.X[np.concatenate(rows)], ptr, control_screen.adata.X[controls]
-    control_mean = control_screen.mean(controls).astype(np.float64)
-    return mean, control_mean, differential_expression(*compared), edistance(*compared)
+def _stack(*cells: object) -> object:
+    return sparse.vstack(cells, format="csr") if any(map(sparse.issparse, cells)) else np.concatenate(cells)
 
 
-def _training_means(real: Screen, split: Split, contexts: list[str]) -> dict[str, Values]:
+def _control_notes(predicted: Mapping[str, Screen], judged: tuple[Condition, ...], control: Control) -> list[str]:
+    """Say which control cells predicted responses are taken from."""
+    if control == "measured":
+        return ["Predicted responses are taken from the measured control cells."]
+    notes = []
+    contexts = sorted({condition.context for condition in judged})
+    for name, screen in predicted.items():
+        if bare := [context for context in contexts if not len(screen.controls(context))]:
+            notes.append(f"{name}: no control cells predicted in {', '.join(bare)}; the measured ones stand in.")
+    return notes
+
+
+def _training_means(real: Screen, split: Split, judged: tuple[Condition, ...]) -> dict[str, Values]:
     """Mean training response per context, over all training contexts for one that was not trained on."""
     train = [condition for condition in split.train if len(real.controls(condition.context))]
     if not train:
         return {}
     deltas = real.deltas(train).astype(np.float64)
     context_of = np.array([condition.context for condition in train])
-    here = {context: context_of == context for context in contexts}
-    return {context: deltas[here[context] if here[context].any() else slice(None)].mean(axis=0) for context in contexts}
-
-
-def _rows(model: str, conditions: tuple[Condition, ...], metric: str, values: Values) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "model": model,
-            "context": [condition.context for condition in conditions],
-            "perturbation": [str(condition.perturbation) for condition in conditions],
-            "metric": metric,
-            "value": values,
-        }
-    )
-
-
-def _resample(function: object, parts: list[tuple[Comparison, NDArray[np.float64]]]) -> Values:
-    """Bootstrap replicates [R] of a metric of all perturbations together, averaged over contexts by draws."""
-    values, sizes = [], []
-    for comparison, weights in parts:
-        drawn = weights.sum(axis=1)
-        value = np.full(len(weights), np.nan)
-        value[drawn > 0] = function(comparison, weights[drawn > 0])  # type: ignore[operator]
-        values.append(value)
-        sizes.append(drawn)
-    return weighted_mean(np.stack(values, axis=1), np.stack(sizes, axis=1))
+    here = {context: context_of == context for context in {condition.context for condition in judged}}
+    return {context: deltas[at if at.any() else slice(None)].mean(axis=0) for context, at in here.items()}

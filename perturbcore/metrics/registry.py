@@ -38,6 +38,11 @@ class Metric:
             return True
         return False if self.best == self.low else None
 
+    @property
+    def is_correlation(self) -> bool:
+        """Whether the values are correlation coefficients, from −1 to 1."""
+        return (self.low, self.high, self.best) == (-1, 1, 1)
+
 
 METRICS: dict[str, Metric] = {}
 

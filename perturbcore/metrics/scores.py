@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import wilcoxon
+from scipy.stats import false_discovery_control, mannwhitneyu, wilcoxon
 
 from perturbcore.data import Condition
 from perturbcore.metrics.comparison import Values
 from perturbcore.metrics.registry import METRICS
 
+if TYPE_CHECKING:
+    from perturbcore.metrics.transport import Space
+
 RESAMPLES = 1000
 COVERAGE = 0.95
+MIN_DE_GENES = 5  # a condition that changes fewer has no response to score
 MEASURED = "real"  # the key of the measured responses among those of the models
 
 
@@ -24,14 +29,23 @@ class Paired(NamedTuple):
 
     `difference` is the mean of first − second with its 95 % bootstrap interval; `p_value` is the two-sided Wilcoxon
     signed-rank test in its normal approximation (with ties, SciPy's exact one takes most of a second), NaN where no
-    condition differs.
+    condition differs. `p_mannwhitney` ignores that the conditions are the same, as PT-RAG's paper did.
     """
 
     difference: float
     ci_low: float
     ci_high: float
     p_value: float
+    p_mannwhitney: float
     n: int
+
+
+class ByGene(NamedTuple):
+    """What a gene does under every condition, [P, G]: differential expression and distance from what was measured."""
+
+    log2_fold_change: Values
+    fdr: Values
+    w1: Values | None  # Wasserstein-1 in log1p units; None for the measured cells themselves
 
 
 @dataclass
@@ -39,15 +53,25 @@ class Scores:
     """Scores of every model.
 
     `per_perturbation` [model, context, perturbation, metric, value]; `scores` [model, metric, mean, ci_low, ci_high, n]
-    with n the conditions that could be computed; `deltas` maps "real" and each model to its responses [P, G], rows in
-    the order of `conditions`, columns `genes`; `notes` says in words what was assumed.
+    with n the conditions that could be computed; `responding`, the same over the conditions with at least
+    `MIN_DE_GENES` measured DE genes, whose number is `num_responding`; `ceiling` [metric, mean, ci_low, ci_high, n,
+    full_depth], one half of the measured cells scored against the other, with the Spearman-Brown estimate 2r / (1 + r)
+    for all cells where the metric is a correlation.
+    `deltas` maps "real" and each model to its responses [P, G], rows in the order of `conditions`, columns `genes`, and
+    `by_gene` to what single genes do; `spaces` the principal components of each context; `notes` says in words what was
+    assumed.
     """
 
     per_perturbation: pd.DataFrame
     scores: pd.DataFrame
+    responding: pd.DataFrame
+    ceiling: pd.DataFrame
     deltas: dict[str, NDArray[np.float64]]
+    by_gene: dict[str, ByGene]
     conditions: tuple[Condition, ...]
     genes: NDArray[np.str_]
+    num_responding: int
+    spaces: dict[str, Space] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seed: int = 0
 
@@ -78,26 +102,41 @@ class Scores:
 
     def paired(self, first: str, second: str, metric: str) -> Paired:
         """Compare two models condition by condition, on the conditions where both have a value."""
-        difference = self.values(first, metric) - self.values(second, metric)
-        finite = difference[np.isfinite(difference)]
-        n = len(finite)
+        one, other = self.values(first, metric), self.values(second, metric)
+        difference = one - other
+        finite = np.isfinite(difference)
+        n = int(finite.sum())
+        if not n:
+            return Paired(*(np.nan,) * 5, 0)
         low, high = (np.nan, np.nan)
         if n > 1:
             low, high = interval(weighted_mean(difference, draw_weights(len(difference), self.seed)))
-        p_value = float(wilcoxon(finite, method="asymptotic").pvalue) if np.any(finite) else np.nan
-        return Paired(float(finite.mean()) if n else np.nan, low, high, p_value, n)
+        p_value = wilcoxon(difference[finite], method="asymptotic").pvalue if np.any(difference[finite]) else np.nan
+        p_mannwhitney = mannwhitneyu(one[finite], other[finite], method="asymptotic").pvalue
+        return Paired(float(difference[finite].mean()), low, high, float(p_value), float(p_mannwhitney), n)
 
-    def comparisons(self, metrics: tuple[str, ...] = ("pearson_delta", "discrimination_score_l1")) -> pd.DataFrame:
-        """Every ordered pair of models on some metrics: columns model, other, metric and the fields of `Paired`."""
+    def comparisons(
+        self,
+        metrics: tuple[str, ...] = ("pearson_delta_disjoint", "discrimination_score_l1"),
+        pairs: Iterable[tuple[str, str]] | None = None,
+    ) -> pd.DataFrame:
+        """Pairs of models (by default every ordered one) on some metrics.
+
+        Columns model, other, metric, the fields of `Paired`, and `fdr`: `p_value` after Benjamini and Hochberg over all
+        rows that have one.
+        """
+        chosen = [(a, b) for a in self.models for b in self.models if a != b] if pairs is None else list(pairs)
         rows = [
             {"model": model, "other": other, "metric": metric, **self.paired(model, other, metric)._asdict()}
             for metric in metrics
-            for model in self.models
-            for other in self.models
-            if other != model
+            for model, other in chosen
         ]
-        columns = ["model", "other", "metric", *Paired._fields]
-        return pd.DataFrame(rows, columns=columns)
+        table = pd.DataFrame(rows, columns=["model", "other", "metric", *Paired._fields])
+        tested = table["p_value"].notna()
+        table["fdr"] = np.nan
+        if tested.any():
+            table.loc[tested, "fdr"] = false_discovery_control(table.loc[tested, "p_value"])
+        return table
 
     def verdict(self, model: str) -> list[str]:
         """Say in plain sentences whether a model beats the others, and whether it has collapsed to a mean response."""

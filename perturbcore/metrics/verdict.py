@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perturbcore.metrics.registry import METRICS
+from perturbcore.metrics.scores import MIN_DE_GENES
 
 if TYPE_CHECKING:
     from perturbcore.metrics.scores import Scores
 
 BASELINES = ("control_mean", "perturbation_mean", "additive", "nearest_neighbour", "ridge")
-HEADLINES = {"pearson_delta": "Pearson Δ", "discrimination_score_l1": "discrimination (L1)"}
+HEADLINES = {"pearson_delta_disjoint": "Pearson Δ", "discrimination_score_l1": "discrimination (L1)"}
 SHRUNK, EXAGGERATED = 0.5, 2.0  # variance ratios outside are called a collapse and an exaggeration
 
 
@@ -25,6 +26,7 @@ def verdict(scores: Scores, model: str) -> list[str]:
     return [
         *(f"{_level(scores, model, metric)} {_against(scores, model, metric)}".strip() for metric in HEADLINES),
         *_collapse(scores, model),
+        *_scorable(scores),
     ]
 
 
@@ -95,6 +97,17 @@ def _collapse(scores: Scores, model: str) -> list[str]:
             f"from the mean response (1 is no shrinkage)."
         )
     return sentences
+
+
+def _scorable(scores: Scores) -> list[str]:
+    """How many conditions have a response at all; nothing where every one has."""
+    asked, responding = len(scores.conditions), scores.num_responding
+    if responding == asked:
+        return []
+    return [
+        f"{responding} of {asked} conditions change at least {MIN_DE_GENES} genes; in the others there is hardly a "
+        f"response to predict."
+    ]
 
 
 def _range(low: float, high: float) -> str:

@@ -24,7 +24,7 @@ MOST_LISTED = 12
 def perturbations(run: Run) -> dict[str, Any]:
     """Return every test condition, largest measured effect first, drawn for the models and the best baseline."""
     d = run.deltas
-    rival = run.best_baseline("pearson_delta")
+    rival = run.best_baseline("pearson_delta_disjoint")
     shown = [m for m in [*run.fitted("model"), *([rival[0]] if rival else [])] if m in d.predicted]
     correlation = run.per_perturbation[run.per_perturbation["metric"] == "pearson_delta"]
     pearson = {(r.model, r.context, r.perturbation): float(r.value) for r in correlation.itertuples()}

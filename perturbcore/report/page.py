@@ -89,7 +89,7 @@ def _tiles(run: Run) -> list[dict[str, str]]:
     """The headline numbers of each trained model, each against the best baseline."""
     tiles = []
     for model in run.fitted("model"):
-        for metric in ("pearson_delta", "discrimination_score_l1", "variance_ratio"):
+        for metric in ("pearson_delta_disjoint", "discrimination_score_l1", "variance_ratio"):
             score, words = run.score(model, metric), (LEADERBOARD | COLLAPSE)[metric]
             rival = run.best_baseline(metric) if metric in LEADERBOARD else None
             if score is None:

@@ -58,7 +58,7 @@ SECTIONS = [
 ]
 
 LEADERBOARD = {
-    "pearson_delta": Words(
+    "pearson_delta_disjoint": Words(
         "Pearson Δ", "Does the predicted shift from control point the same way, gene by gene?", 0, "no relation"
     ),
     "discrimination_score_l1": Words(
