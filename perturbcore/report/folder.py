@@ -6,12 +6,23 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 
+from perturbcore.metrics.verdict import HEADLINES
+
 SCORES = ("model", "metric", "mean", "ci_low", "ci_high", "n")
 PER_PERTURBATION = ("model", "context", "perturbation", "metric", "value")
+CEILING = ("metric", "mean", "ci_low", "ci_high", "n", "full_depth")
+PAIRED = ("model", "other", "metric", "difference", "ci_low", "ci_high", "p_value", "p_mannwhitney", "fdr", "n")
+TEXT = ("model", "other", "context", "perturbation", "metric", "gene", "source", "target")
+NUMBERS = (
+    *("mean", "value", "ci_low", "ci_high", "full_depth", "score", "weight"),
+    *("difference", "p_value", "p_mannwhitney", "fdr"),
+)
+FDR = 0.05  # below it a gene counts as differentially expressed, as in the metrics
 
 
 class ReportError(ValueError):
@@ -30,14 +41,32 @@ class Deltas:
 
 
 @dataclass(frozen=True)
+class Expression:
+    """Differential expression against the control and distance of distributions, rows and columns as in `Deltas`.
+
+    float32 [P, G]: log2 fold change (±inf where one side does not express the gene), FDR of the rank-sum test, and the
+    Wasserstein-1 distance between predicted and measured cells; by model where they are predicted.
+    """
+
+    lfc_real: np.ndarray
+    fdr_real: np.ndarray
+    fdr: dict[str, np.ndarray]
+    w1: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
 class Run:
     """What one run folder holds."""
 
     path: Path
     manifest: dict[str, Any]
     scores: pd.DataFrame
+    responding: pd.DataFrame  # the scores over the conditions that respond
+    ceiling: pd.DataFrame
+    paired: pd.DataFrame
     per_perturbation: pd.DataFrame
     deltas: Deltas
+    expression: Expression
     curves: dict[str, pd.DataFrame]  # model → one row per logged step
     subgraph: pd.DataFrame | None
     subgraph_edges: pd.DataFrame | None
@@ -59,13 +88,23 @@ class Run:
             raise ReportError(f"{path}/manifest.json is not valid JSON ({error}).") from None
         if manifest.get("status") != "complete":
             raise ReportError(f"The run in {path} did not finish; go on with it (perturbcore compare, --resume).")
+        if "scorable" not in manifest:
+            raise ReportError(
+                f"The run in {path} was written by an earlier version of perturbcore ({manifest.get('version', '?')}) "
+                "and lacks what this report shows; run compare again into a new folder."
+            )
+        deltas = _deltas(path / "deltas.npz")
         subgraph, edges = (path / "models" / "adapert" / name for name in ("subgraph.csv", "subgraph_edges.csv"))
         return cls(
             path=path,
             manifest=manifest,
             scores=_table(path / "scores.csv", SCORES),
+            responding=_table(path / "scores_responding.csv", SCORES),
+            ceiling=_table(path / "ceiling.csv", CEILING),
+            paired=_table(path / "paired.csv", PAIRED),
             per_perturbation=_table(path / "per_perturbation.csv", PER_PERTURBATION),
-            deltas=_deltas(path / "deltas.npz"),
+            deltas=deltas,
+            expression=_expression(path / "de.npz", deltas),
             curves={
                 log.parent.name: pd.DataFrame([json.loads(line) for line in log.read_text().splitlines() if line])
                 for log in sorted((path / "models").glob("*/metrics.jsonl"))
@@ -83,10 +122,31 @@ class Run:
         trained = self.fitted("model")
         return f"m{trained.index(model) % 4}" if model in trained else "base"
 
-    def score(self, model: str, metric: str) -> pd.Series | None:
-        """The row of `scores` of a model and metric; None where there is no finite one."""
-        found = self.scores[(self.scores["model"] == model) & (self.scores["metric"] == metric)]
+    def score(self, model: str, metric: str, among: str = "scores") -> pd.Series | None:
+        """The row of `scores`, or of `responding`, of a model and metric; None where there is no finite one."""
+        scores: pd.DataFrame = getattr(self, among)
+        found = scores[(scores["model"] == model) & (scores["metric"] == metric)]
         return found.iloc[0] if len(found) and np.isfinite(found.iloc[0]["mean"]) else None
+
+    def lead(self) -> str:
+        """The trained model that is first on the first headline metric; without trained ones, a baseline."""
+        names = self.fitted("model") or self.fitted("baseline")
+        return self.first(names, next(iter(HEADLINES))) or names[0]
+
+    def first(self, models: list[str], metric: str) -> str | None:
+        """The one of some models nearest to the metric's best value; None where none has a value."""
+        scores = {model: score for model in models if (score := self.score(model, metric)) is not None}
+        return min(scores, key=lambda model: self.gap(metric, float(scores[model]["mean"])), default=None)
+
+    def ceiling_of(self, metric: str) -> pd.Series | None:
+        """The row of `ceiling` of a metric; None where there is no finite one."""
+        found = self.ceiling[self.ceiling["metric"] == metric]
+        return found.iloc[0] if len(found) and np.isfinite(found.iloc[0]["mean"]) else None
+
+    def pairs(self, model: str, metric: str) -> list[pd.Series]:
+        """The rows of `paired` of a model against every baseline on a metric, in the order they ran."""
+        found = self.paired[(self.paired["model"] == model) & (self.paired["metric"] == metric)].set_index("other")
+        return [found.loc[other] for other in self.fitted("baseline") if other in found.index]
 
     def best(self, metric: str) -> float | None:
         """The best value a metric can have, None where no value is best in itself."""
@@ -99,39 +159,58 @@ class Run:
 
     def best_baseline(self, metric: str) -> tuple[str, float] | None:
         """The baseline nearest to the metric's best value, and its mean."""
-        scores = {name: self.score(name, metric) for name in self.fitted("baseline")}
-        means = [(name, float(score["mean"])) for name, score in scores.items() if score is not None]
-        return min(means, key=lambda pair: self.gap(metric, pair[1]), default=None)
+        name = self.first(self.fitted("baseline"), metric)
+        score = None if name is None else self.score(name, metric)
+        return None if name is None or score is None else (name, float(score["mean"]))
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    if not path.exists():
-        raise ReportError(f"{path} is missing; the run folder is incomplete, run compare again into a new folder.")
+    _check_there(path)
     # keep_default_na would read a gene called "NA" or "nan" as a missing value.
-    text = dict.fromkeys(("model", "context", "perturbation", "metric", "gene", "source", "target"), str)
-    table = pd.read_csv(
-        path,
-        dtype=text,
-        keep_default_na=False,
-        na_values={"mean": "", "value": "", "ci_low": "", "ci_high": "", "score": "", "weight": ""},
-    )
+    empty = dict.fromkeys(NUMBERS, "")
+    table = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=empty)
     if missing := [name for name in columns if name not in table]:
         raise ReportError(f"{path} lacks the column {missing[0]!r}; it has {', '.join(map(str, table.columns))}.")
     return table
 
 
 def _deltas(path: Path) -> Deltas:
-    if not path.exists():
-        raise ReportError(f"{path} is missing; the run folder is incomplete, run compare again into a new folder.")
+    arrays = _arrays(path, ("context", "perturbation", "gene", "real"))
+    return Deltas(
+        contexts=[str(c) for c in arrays["context"]],
+        perturbations=[str(p) for p in arrays["perturbation"]],
+        genes=[str(g) for g in arrays["gene"]],
+        real=arrays["real"],
+        predicted=_starting(arrays, "pred_"),
+    )
+
+
+def _expression(path: Path, deltas: Deltas) -> Expression:
+    arrays = _arrays(path, ("context", "perturbation", "gene", "lfc_real", "fdr_real"))
+    labels = (deltas.contexts, deltas.perturbations, deltas.genes)
+    for name, expected in zip(("context", "perturbation", "gene"), labels, strict=True):
+        if arrays[name].astype(str).tolist() != expected:
+            raise ReportError(f"{path} and deltas.npz differ in {name!r}; run compare again into a new folder.")
+    lfc, fdr = arrays["lfc_real"], arrays.pop("fdr_real")
+    return Expression(lfc_real=lfc, fdr_real=fdr, fdr=_starting(arrays, "fdr_"), w1=_starting(arrays, "w1_"))
+
+
+def _arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    _check_there(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        return Deltas(
-            contexts=[str(c) for c in arrays["context"]],
-            perturbations=[str(p) for p in arrays["perturbation"]],
-            genes=[str(g) for g in arrays["gene"]],
-            real=arrays["real"],
-            predicted={name[5:]: values for name, values in arrays.items() if name.startswith("pred_")},
-        )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise ReportError(f"{path} cannot be read ({error}); run compare again into a new folder.") from None
+    if missing := [name for name in names if name not in arrays]:
+        raise ReportError(f"{path} lacks {missing[0]!r}; run compare again into a new folder.")
+    return arrays
+
+
+def _starting(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
+
+
+def _check_there(path: Path) -> None:
+    if not path.exists():
+        raise ReportError(f"{path} is missing; the run folder is incomplete, run compare again into a new folder.")

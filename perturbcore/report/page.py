@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from perturbcore.report import figures
+from perturbcore.report import genes, models, summary
+from perturbcore.report.conditions import perturbations
 from perturbcore.report.folder import Run
-from perturbcore.report.panels import interval, panels, table
-from perturbcore.report.svg import number
+from perturbcore.report.panels import panels, table
+from perturbcore.report.summary import typeset
 from perturbcore.report.words import (
-    AS_SUBJECT,
     COLLAPSE,
     HELD_OUT,
     LEADERBOARD,
     NAMES,
+    RESPONDING,
     SECTIONS,
     count,
     listing,
@@ -55,15 +55,23 @@ def render(run: Run) -> str:
         folder=run.path.name,
         sections=SECTIONS,
         lede=_lede(run),
-        tiles=_tiles(run),
-        verdicts=[_verdict(run, model) for model in run.fitted("model")],
+        headlines=summary.headlines(run),
+        tiles=summary.tiles(run),
+        facts=summary.facts(run),
+        verdicts=[summary.verdict(run, model) for model in run.fitted("model")],
         n_test=len(run.deltas.perturbations),
         leaderboard=panels(run, LEADERBOARD),
+        scorable=run.manifest["scorable"],
+        responding=panels(run, {m: LEADERBOARD[m] for m in RESPONDING}, among="responding"),
+        tables=[table(run), table(run, among="responding")],
+        tests=summary.tests(run),
+        perturbations=perturbations(run),
+        responses=genes.responses(run),
+        distributions=genes.distributions(run),
         collapse=panels(run, COLLAPSE),
-        table=table(run),
-        perturbations=figures.perturbations(run),
-        subgraphs=figures.subgraphs(run),
-        training=figures.training(run),
+        signs=[_signs(run, model) for model in run.fitted("model")],
+        subgraphs=models.subgraphs(run),
+        training=models.training(run),
         data=_data(run),
         split=_split(run),
         knowledge=[(k["name"], k["words"]) for k in run.manifest["knowledge"]],
@@ -74,9 +82,9 @@ def render(run: Run) -> str:
 
 def _lede(run: Run) -> str:
     split, contexts = run.manifest["split"], sorted(set(run.deltas.contexts))
-    models = [NAMES.get(m, m) for m in run.fitted("model")]
-    who = listing([*models, f"{spelled(len(run.fitted('baseline')))} baselines"])
-    who = who[0].upper() + who[1:]
+    trained = [NAMES.get(m, m) for m in run.fitted("model")]
+    who = listing([*trained, f"{spelled(len(run.fitted('baseline')))} baselines"])
+    who = who if trained else who[0].upper() + who[1:]
     learned, tested = count(split["learned"], "perturbation"), count(split["tested"], "perturbation")
     where = "" if contexts == ["all"] else f" in {listing(contexts)}"
     words = HELD_OUT.get(split["name"], "{tested}{where}, which the split “{name}” holds out")
@@ -85,76 +93,10 @@ def _lede(run: Run) -> str:
     return f"{who} learned from {learned} and predicted {held_out}."
 
 
-def _tiles(run: Run) -> list[dict[str, str]]:
-    """The headline numbers of each trained model, each against the best baseline."""
-    tiles = []
-    for model in run.fitted("model"):
-        for metric in ("pearson_delta_disjoint", "discrimination_score_l1", "variance_ratio"):
-            score, words = run.score(model, metric), (LEADERBOARD | COLLAPSE)[metric]
-            rival = run.best_baseline(metric) if metric in LEADERBOARD else None
-            if score is None:
-                continue
-            against = f"best baseline: {NAMES.get(rival[0], rival[0]).lower()}, {number(rival[1])}" if rival else ""
-            tiles.append(
-                {
-                    "label": f"{NAMES.get(model, model)} · {words.title}",
-                    "value": number(score["mean"]),
-                    "against": against or "1 is as varied as measured",
-                    "tone": run.tone(model),
-                }
-            )
-    return tiles
-
-
-def _verdict(run: Run, model: str) -> dict[str, Any]:
-    """Whether a model beats the baselines, pair by pair, and whether its predictions differ."""
-    verdict = run.manifest["verdict"][model]
-    pairs = [p for p in run.manifest["paired"] if p["model"] == model and p["other"] in run.fitted("baseline")]
-    metrics = list(dict.fromkeys(p["metric"] for p in pairs))
-    by_pair = {(p["other"], p["metric"]): p for p in pairs}
-    return {
-        "name": NAMES.get(model, model),
-        "tone": run.tone(model),
-        "headlines": [_headline(model, metric, [p for p in pairs if p["metric"] == metric]) for metric in metrics],
-        "sentences": [_typeset(sentence) for sentence in verdict["collapse"]],
-        "metrics": [LEADERBOARD[metric].title for metric in metrics],
-        "pairs": [
-            {"other": NAMES.get(other, other), "cells": [_difference(by_pair[other, m], run.best(m)) for m in metrics]}
-            for other in dict.fromkeys(p["other"] for p in pairs)
-        ],
-    }
-
-
-def _headline(model: str, metric: str, pairs: list[dict[str, Any]]) -> str:
-    """A model beats a baseline where the interval of their paired difference lies above 0."""
-    title, name = LEADERBOARD[metric].title.replace("Discrimination", "discrimination"), NAMES.get(model, model)
-    asked, pairs = len(pairs), [p for p in pairs if p["ci_low"] is not None]
-    unbeaten = [AS_SUBJECT.get(p["other"], p["other"]) for p in pairs if p["ci_low"] <= 0]
-    if not pairs:
-        return f"On {title}, {name} cannot be compared: too few perturbations have a value."
-    if not unbeaten:
-        return f"On {title}, {name} beats every baseline{' that has a value' * (len(pairs) < asked)}."
-    return f"On {title}, {name} does not beat {listing(unbeaten, 'or')}."
-
-
-def _difference(pair: dict[str, Any], best: float | None) -> dict[str, str]:
-    """One cell of the paired table; `best` 0 means that less is better."""
-    if pair["ci_low"] is None:
-        return {"value": "–", "interval": "", "word": "not comparable", "kind": ""}
-    ends = sorted((pair["ci_low"], pair["ci_high"]), reverse=best == 0)
-    sign = -1 if best == 0 else 1
-    kind = "ahead" if sign * ends[0] > 0 else "behind" if sign * ends[1] < 0 else "open"
-    words = {"ahead": "ahead", "behind": "behind", "open": "undecided"}
-    plus = "+" if pair["difference"] > 0 else ""
-    bounds = interval(pair["ci_low"], pair["ci_high"])
-    return {"value": plus + number(pair["difference"]), "interval": bounds, "word": words[kind], "kind": kind}
-
-
-def _typeset(sentence: str) -> str:
-    """A sentence of the evaluation with titles for names and real minus signs."""
-    titles = {name: title.lower() for name, title in NAMES.items() if "_" in name}
-    sentence = re.sub(r"\w+", lambda word: titles.get(word[0], word[0]), sentence)
-    return re.sub(r"(?<![\w.])-(?=\d)", "−", sentence)
+def _signs(run: Run, model: str) -> dict[str, Any]:
+    """What the evaluation says on collapse of one model."""
+    sentences = [typeset(sentence) for sentence in run.manifest["verdict"][model]["collapse"]]
+    return {"name": NAMES.get(model, model), "tone": run.tone(model), "sentences": sentences}
 
 
 def _data(run: Run) -> dict[str, Any]:
@@ -192,7 +134,7 @@ def _cell(value: int | str) -> dict[str, Any]:
 
 
 def _skipped(run: Run) -> list[str]:
-    lines, tested = [_typeset(note) for note in run.manifest["notes"]], run.manifest["split"]["tested"]
+    lines, tested = [typeset(note) for note in run.manifest["notes"]], run.manifest["split"]["tested"]
     for name, model in run.manifest["models"].items():
         title = NAMES.get(name, name)
         if model["status"] != "fitted":
@@ -217,12 +159,12 @@ def _plain(value: Any) -> str:
 def _method(run: Run) -> list[tuple[str, Any]]:
     m = run.manifest
     seconds = f"{m['seconds']:.0f} s" if m["seconds"] < 120 else f"{m['seconds'] / 60:.1f} min"
-    models = []
+    fitted = []
     for name, model in m["models"].items():
         if model["status"] == "fitted":
             notes = [f"{key}: {_plain(value)}" for key, value in model["notes"].items()]
             times = f"fitted in {model['seconds_fit']:.1f} s, predicted in {model['seconds_predict']:.1f} s"
-            models.append((NAMES.get(name, name), "; ".join([times, *notes])))
+            fitted.append((NAMES.get(name, name), "; ".join([times, *notes])))
     return [
         ("Command", m["command"]),
         ("perturbcore", m["version"]),
@@ -231,5 +173,5 @@ def _method(run: Run) -> list[tuple[str, Any]]:
         ("Preset", m["preset"]),
         ("Seed", m["seed"]),
         ("Time", f"{seconds} since it was resumed" if m["resumed"] else seconds),
-        *models,
+        *fitted,
     ]

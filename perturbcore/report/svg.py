@@ -79,9 +79,7 @@ def scatter(real: np.ndarray, predicted: np.ndarray, genes: Sequence[str], *, to
     order = np.argsort(-np.abs(np.where(finite, real, 0)), kind="stable")
     named = [int(g) for g in order[:20] if finite[g] and real[g] != 0]
     rest = np.setdiff1d(np.flatnonzero(finite), named)
-    # A dot is a line of no length with round ends: a few characters a gene keep the page small.
-    dots = sorted({(round(float(x[g])), round(float(y[g]))) for g in rest})
-    body.append(f'<path class="cloud {tone}" d="{"".join(f"M{a} {b}h0" for a, b in dots)}"/>')
+    body.append(_cloud(x[rest], y[rest], f"cloud {tone}"))
     for g in named:
         hint = f"{genes[g]}: measured {number(real[g], 2)}, predicted {number(predicted[g], 2)}"
         body.append(_dot(float(x[g]), float(y[g]), 3.6, f"mover {tone}", hint))
@@ -90,6 +88,70 @@ def scatter(real: np.ndarray, predicted: np.ndarray, genes: Sequence[str], *, to
     for g, (start, anchor) in _labels(marks, [genes[g] for g in named], frame, blocked=(left, left + 78, top + 20)):
         body.append(_text(start, marks[g][1] + 3.5, genes[named[g]], "gene", anchor))
     return _svg(top + side + 34, alt, body, "scatter")
+
+
+def volcano(
+    lfc: np.ndarray, fdr: np.ndarray, called: np.ndarray, genes: Sequence[str], *, alpha: float, tone: str, alt: str
+) -> Markup:
+    """Measured log2 fold change against −log10 FDR of every gene [G], marked by what the prediction calls.
+
+    `called` [G] is True where the prediction finds the gene differentially expressed. Infinite fold changes stand at
+    the edge of the frame, an FDR of 0 at its top; a gene without a test is left out.
+    """
+    left, top, side, rim = 34.0, 22.0, 318.0, 6.0
+    tested = np.isfinite(fdr) & ~np.isnan(lfc)
+    up = -np.log10(np.where(tested & (fdr > 0), fdr, 1.0))
+    tallest = 1.08 * max(float(up.max(initial=0.0)), -2 * float(np.log10(alpha)))
+    limit = 1.08 * max(float(np.abs(lfc[np.isfinite(lfc)]).max(initial=0.0)), 0.5)
+    x = np.clip(left + (np.clip(lfc, -limit, limit) / limit + 1) / 2 * side, left + rim, left + side - rim)
+    y = np.where(fdr == 0, top + rim, top + (1 - up / tallest) * side)
+    middle, line = left + side / 2, top + (1 + float(np.log10(alpha)) / tallest) * side
+    body = [
+        f'<rect x="{left}" y="{top}" width="{side}" height="{side}" class="frame"/>',
+        _line(middle, top, middle, top + side, "grid"),
+        _line(left, line, left + side, line, "ideal"),
+        _text(left + side - 5, line - 4, f"FDR {alpha:g}", "tick", "end"),
+    ]
+    body += [
+        _text(middle + t / limit * side / 2, top + side + 14, _short(t), "tick", "middle")
+        for t in _ticks(-limit, limit)
+    ]
+    body += [
+        _text(left - 5, top + (1 - t / tallest) * side + 3.5, _short(t), "tick", "end") for t in _ticks(0, tallest)
+    ]
+    body.append(_text(left + side, top + side + 29, "measured log₂ fold change", "axis", "end"))
+    body.append(_text(left, top - 7, "−log₁₀ FDR", "axis"))
+    responds = fdr < alpha
+    for chosen, kind in (
+        (~responds & ~called, "cloud rest"),
+        (responds & ~called, "called missed"),
+        (responds & called, "called both"),
+        (~responds & called, "called added"),
+    ):
+        at = np.flatnonzero(tested & chosen)
+        if len(at):
+            body.append(_cloud(x[at], y[at], f"{kind} {tone}"))
+            if kind == "called added":  # a ring: the same dots once more, smaller, in the colour of the card
+                body.append(_cloud(x[at], y[at], "called hole"))
+    order = np.lexsort((-np.abs(lfc), np.where(tested, y, np.inf)))[:24]
+    named = [int(g) for g in order if tested[g] and responds[g]]
+    marks = [(float(x[g]), float(y[g])) for g in named]
+    frame = (left + 1, left + side - 1)
+    for g, (start, anchor) in _labels(
+        marks, [genes[g] for g in named], frame, blocked=(left + side - 60, left + side, line + 4)
+    ):
+        body.append(_text(start, marks[g][1] + 3.5, genes[named[g]], "gene", anchor))
+    return _svg(top + side + 34, alt, body, "volcano")
+
+
+def _cloud(x: np.ndarray, y: np.ndarray, kind: str) -> str:
+    """Dots as lines of no length with round ends, each placed from the one before: a few characters a gene."""
+    at = (0, 0)
+    steps = []
+    for dot in sorted({(round(a), round(b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)}):
+        steps.append(f"m{dot[0] - at[0]} {dot[1] - at[1]}h0")
+        at = dot
+    return f'<path class="{kind}" d="{"".join(steps).replace(" -", "-")}"/>'
 
 
 def _labels(
@@ -116,41 +178,42 @@ def _labels(
     return placed
 
 
-def movers(
-    real: np.ndarray,
-    predicted: Mapping[str, np.ndarray],
-    genes: Sequence[str],
+def bars(
+    names: Sequence[str],
+    bar: np.ndarray,
+    dots: Mapping[str, np.ndarray],
     tones: Mapping[str, str],
     *,
+    label: str,
     alt: str,
-    most: int = 18,
 ) -> Markup:
-    """Measured shift of the strongest movers as bars, predictions as dots upon them."""
-    order = np.argsort(-np.abs(np.nan_to_num(real)), kind="stable")[:most]
-    order = order[np.argsort(-real[order], kind="stable")]
-    values = np.concatenate([real[order], *(p[order] for p in predicted.values()), [0.0]])
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    """One value a gene [n] as bars, called `label`, others upon them as dots; what is not finite is left out."""
+    values = np.concatenate([bar, *dots.values(), [0.0]])
+    values = values[np.isfinite(values)]
+    low, high = float(values.min()), float(values.max())
     pad = 0.05 * (high - low or 1.0)
-    low, high = low - pad, high + pad
+    low, high = low - pad * (low < 0), high + pad
     left, right, row = 88.0, WIDTH - 6.0, 19.0
 
     def at(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
 
-    bottom = row * len(order) + 8
+    bottom = row * len(names) + 8
     body = [_line(at(t), 4, at(t), bottom, "zero" if t == 0 else "grid") for t in _ticks(low, high)]
     body += [_text(at(t), bottom + 14, _short(t), "tick", "middle") for t in _ticks(low, high)]
-    for i, g in enumerate(order):
+    for i, name in enumerate(names):
         y = 8 + row * (i + 0.5)
-        start, end = sorted((at(0), at(float(real[g]))))
-        title = escape(f"{genes[g]}: measured {number(float(real[g]), 2)}")
-        bar = f'<rect x="{start:.1f}" y="{y - 5:.1f}" width="{end - start:.1f}" height="10" class="measured">'
-        body += [_text(left - 8, y + 4, genes[g][:13], "gene", "end"), f"{bar}<title>{title}</title></rect>"]
-        for model, guess in predicted.items():
-            if np.isfinite(guess[g]):
-                hint = f"{genes[g]}: {model} predicts {number(float(guess[g]), 2)}"
-                body.append(_dot(at(float(guess[g])), y, 4, f"dot {tones[model]}", hint))
-    return _svg(bottom + 22, alt, body, "movers")
+        body.append(_text(left - 8, y + 4, name[:13], "gene", "end"))
+        if np.isfinite(bar[i]):
+            start, end = sorted((at(0), at(float(bar[i]))))
+            title = escape(f"{name}: {label} {number(float(bar[i]), 2)}")
+            rectangle = f'<rect x="{start:.1f}" y="{y - 5:.1f}" width="{end - start:.1f}" height="10" class="measured">'
+            body.append(f"{rectangle}<title>{title}</title></rect>")
+        for model, guess in reversed(dots.items()):  # the first on top
+            if np.isfinite(guess[i]):
+                hint = f"{name}: {model} {number(float(guess[i]), 2)}"
+                body.append(_dot(at(float(guess[i])), y, 4, f"dot {tones[model]}", hint))
+    return _svg(bottom + 22, alt, body, "bars")
 
 
 def network(

@@ -49,6 +49,8 @@ SECTIONS = [
     ("summary", "Summary"),
     ("scores", "Scores"),
     ("perturbations", "Perturbations"),
+    ("genes", "Responding genes"),
+    ("distributions", "Distributions"),
     ("collapse", "Collapse"),
     ("subgraph", "Selected genes"),
     ("training", "Training"),
@@ -61,18 +63,30 @@ LEADERBOARD = {
     "pearson_delta_disjoint": Words(
         "Pearson Δ", "Does the predicted shift from control point the same way, gene by gene?", 0, "no relation"
     ),
+    "pearson_delta": Words(
+        "Pearson Δ (cell-eval)",
+        "Here both shifts start from the same control cells, whose chance deviations then agree with themselves and "
+        "raise the score; Pearson Δ proper takes different halves of the control cells.",
+        0,
+        "no relation",
+    ),
     "discrimination_score_l1": Words(
         "Discrimination", "Is the prediction nearer to its own perturbation than to the others tested?", 0.5, "chance"
     ),
-    "pearson_delta_top50": Words(
-        "Pearson Δ, top 50 genes", "The same agreement, on the genes that respond most.", 0, "no relation"
+    "pearson_delta_top20_disjoint": Words(
+        "Pearson Δ, top 20 genes", "The same agreement, on the genes that respond most.", 0, "no relation"
     ),
     "overlap_at_N": Words("DE gene overlap", "Share of the truly responding genes that are found.", 0, "none"),
     "de_direction_match": Words(
         "Direction", "Share of responding genes predicted to move the right way.", 0.5, "a coin"
     ),
     "mae_delta": Words("Error of Δ", "Mean absolute error of the predicted shift, on the log scale."),
+    "energy": Words(
+        "Energy distance", "How far the predicted cells, as a population, lie from the measured ones; 0 is no distance."
+    ),
 }
+
+RESPONDING = ("pearson_delta_disjoint", "discrimination_score_l1", "pearson_delta_top20_disjoint", "energy")
 
 COLLAPSE = {
     "variance_ratio": Words(

@@ -1,4 +1,4 @@
-"""What is drawn per perturbation and per model: predicted against measured, selected genes, training curves."""
+"""What a model shows of itself: the genes it selected for each perturbation, and its training."""
 
 from __future__ import annotations
 
@@ -15,58 +15,9 @@ from perturbcore.report.words import LEADERBOARD, NAMES, count
 
 VALIDATED = "val_conditions"  # column of metrics.jsonl: over how many conditions the score is the mean
 FEW_CONDITIONS = 10  # a mean over fewer moves more by chance than from epoch to epoch
-MOST_PERTURBATIONS = 60  # drawn; a larger page than this is neither read nor mailed
 MOST_SUBGRAPHS = 40
 MOST_PER_COLUMN = 14
 MOST_LISTED = 12
-
-
-def perturbations(run: Run) -> dict[str, Any]:
-    """Return every test condition, largest measured effect first, drawn for the models and the best baseline."""
-    d = run.deltas
-    rival = run.best_baseline("pearson_delta_disjoint")
-    shown = [m for m in [*run.fitted("model"), *([rival[0]] if rival else [])] if m in d.predicted]
-    correlation = run.per_perturbation[run.per_perturbation["metric"] == "pearson_delta"]
-    pearson = {(r.model, r.context, r.perturbation): float(r.value) for r in correlation.itertuples()}
-    size = np.linalg.norm(np.nan_to_num(d.real), axis=1)
-    order = np.argsort(-size, kind="stable")
-    several = len(set(d.contexts)) > 1
-    rows = []
-    for i in order[:MOST_PERTURBATIONS]:
-        context, label = d.contexts[i], d.perturbations[i]
-        where = f"{label} in {context}" if several else label
-        values = {m: number(pearson.get((m, context, label), math.nan), 2) for m in shown}
-        rows.append(
-            {
-                "name": label,
-                "context": context if several else "",
-                "effect_width": round(100 * float(size[i] / (size.max() or 1.0)), 1),
-                "scores": [{"value": values[m], "tone": run.tone(m)} for m in shown],
-                "scatters": [_scatter(run, m, int(i), where, values[m]) for m in shown],
-                "movers": svg.movers(
-                    d.real[i],
-                    {NAMES.get(m, m): d.predicted[m][i] for m in shown},
-                    d.genes,
-                    {NAMES.get(m, m): run.tone(m) for m in shown},
-                    alt=f"The genes that {where} moves most: measured shift as bars, predictions as dots.",
-                ),
-            }
-        )
-    return {
-        "models": [{"name": NAMES.get(m, m), "tone": run.tone(m)} for m in shown],
-        "rows": rows,
-        "total": len(order),
-        "left_out": max(len(order) - MOST_PERTURBATIONS, 0),
-    }
-
-
-def _scatter(run: Run, model: str, row: int, where: str, pearson: str) -> dict[str, Any]:
-    d, name = run.deltas, NAMES.get(model, model)
-    alt = (
-        f"Predicted against measured shift of {len(d.genes)} genes for {where}, {name}; Pearson correlation {pearson}."
-    )
-    drawing = svg.scatter(d.real[row], d.predicted[model][row], d.genes, tone=run.tone(model), alt=alt)
-    return {"caption": f"{name}: Pearson Δ {pearson}", "svg": drawing}
 
 
 def subgraphs(run: Run) -> dict[str, Any]:
