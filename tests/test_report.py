@@ -141,11 +141,12 @@ def test_summary_says_who_leads_whether_it_is_clear_and_how_far_noise_lets_one_g
     assert "AdaPert has 0.610 (95 % interval 0.510 to 0.710), the best baseline, ridge, 0.740." in text
     assert "Ridge is clearly better: they differ by −0.130 (−0.180 to −0.080; FDR 0.012)." in text
     assert "scored against the other half, has a Pearson Δ of 0.860 (0.800 to 0.900)." in text
-    assert "With all cells a perfect model could reach about 0.920." in text
+    assert "A second experiment of the full size would reach about 0.920." in text
     assert "3 of 4 perturbations change at least 5 genes (FDR below 0.05); the rest have nothing to predict" in text
     edit_paired(run, difference=0.2, ci_low=0.1, ci_high=0.3, fdr=0.2)
     text = Page(render(Run.read(run))).text
     assert "AdaPert seems better, but that does not survive correction for the number of tests" in text
+    assert "Ridge likely ahead +0.200" in text
     assert "beats every baseline, but the control mean, the perturbation mean and ridge only before correction" in text
     edit_paired(run, ci_low=-0.1)
     assert "Either may be better: they differ by +0.200 (−0.100 to 0.300" in Page(render(Run.read(run))).text
@@ -186,8 +187,10 @@ def test_scores_stand_beside_their_ceiling_and_cell_evals(run: Path) -> None:
     part = text.split("<h3>Pearson Δ <small>")[1].split("</article>")[0]
     assert "ceiling (0.860)" in part
     assert part.count('class="ceiling"') == 4, "one on each of three tracks and one in the key"
-    assert "floor (0.860)" in text.split("<h3>Error of Δ <small>")[1].split("</article>")[0]
-    assert "Here both shifts start from the same control cells" in text.split("<h3>Pearson Δ (cell-eval) ")[1]
+    assert "two halves (0.860)" in text.split("<h3>Error of Δ <small>")[1].split("</article>")[0]
+    theirs = text.split("<h3>Pearson Δ (cell-eval) ")[1].split("</article>")[0]
+    assert "Here both shifts start from the same control cells" in theirs
+    assert "ceiling" not in theirs, "the halves share no control cell"
 
 
 def test_what_responds_is_scored_apart(run: Path) -> None:

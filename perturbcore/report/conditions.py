@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from perturbcore.metrics.verdict import HEADLINES
 from perturbcore.report import svg
-from perturbcore.report.folder import Run
+from perturbcore.report.folder import HEADLINE, Run
 from perturbcore.report.genes import gene_figures
 from perturbcore.report.svg import number
 from perturbcore.report.words import LEADERBOARD, NAMES
@@ -24,10 +23,9 @@ def perturbations(run: Run) -> dict[str, Any]:
 
     As many are drawn as the page has room for; the others are listed with their scores.
     """
-    d, metric = run.deltas, next(iter(HEADLINES))
-    rival = run.best_baseline(metric)
+    d, rival = run.deltas, run.best_baseline(HEADLINE)
     shown = [m for m in [*run.fitted("model"), *([rival[0]] if rival else [])] if m in d.predicted]
-    scored = run.per_perturbation[run.per_perturbation["metric"] == metric]
+    scored = run.per_perturbation[run.per_perturbation["metric"] == HEADLINE]
     value_of = {(r.model, r.context, r.perturbation): float(r.value) for r in scored.itertuples()}
     size = np.linalg.norm(np.nan_to_num(d.real), axis=1)
     order = np.argsort(-size, kind="stable")
@@ -49,7 +47,7 @@ def perturbations(run: Run) -> dict[str, Any]:
             }
         )
     return {
-        "metric": LEADERBOARD[metric].title,
+        "metric": LEADERBOARD[HEADLINE].title,
         "models": [{"name": NAMES.get(m, m), "tone": run.tone(m)} for m in shown],
         "rows": rows,
         "total": len(order),
@@ -72,7 +70,7 @@ def _figures(run: Run, row: int, where: str, values: dict[str, str]) -> dict[str
 
 def _scatter(run: Run, model: str, row: int, where: str, value: str) -> dict[str, Any]:
     d, name = run.deltas, NAMES.get(model, model)
-    title = LEADERBOARD[next(iter(HEADLINES))].title
+    title = LEADERBOARD[HEADLINE].title
     alt = f"Predicted against measured shift of {len(d.genes)} genes for {where}, {name}; {title} {value}."
     drawing = svg.scatter(d.real[row], d.predicted[model][row], d.genes, tone=run.tone(model), alt=alt)
     return {"caption": f"{name}: {title} {value}", "svg": drawing}

@@ -22,6 +22,7 @@ NUMBERS = (
     *("mean", "value", "ci_low", "ci_high", "full_depth", "score", "weight"),
     *("difference", "p_value", "p_mannwhitney", "fdr"),
 )
+HEADLINE = next(iter(HEADLINES))  # the metric that ranks models
 FDR = 0.05  # below it a gene counts as differentially expressed, as in the metrics
 
 
@@ -129,9 +130,9 @@ class Run:
         return found.iloc[0] if len(found) and np.isfinite(found.iloc[0]["mean"]) else None
 
     def lead(self) -> str:
-        """The trained model that is first on the first headline metric; without trained ones, a baseline."""
+        """The trained model that is first on the headline metric; without trained ones, a baseline."""
         names = self.fitted("model") or self.fitted("baseline")
-        return self.first(names, next(iter(HEADLINES))) or names[0]
+        return self.first(names, HEADLINE) or names[0]
 
     def first(self, models: list[str], metric: str) -> str | None:
         """The one of some models nearest to the metric's best value; None where none has a value."""

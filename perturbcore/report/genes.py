@@ -63,7 +63,7 @@ def gene_figures(run: Run, row: int, shown: list[str], where: str) -> dict[str, 
     return {
         "volcano": _volcano(run, row, lead, where) if lead in run.expression.fdr else None,
         "overlaps": _overlaps(run, [m for m in shown if m in run.expression.fdr], [row]),
-        "distances": _distances(run, run.expression.w1, [row], lead, where),
+        "distances": _distances(run, [row], lead, where),
     }
 
 
@@ -87,8 +87,9 @@ def _volcano(run: Run, row: int, model: str, where: str) -> dict[str, Any]:
     return {"caption": f"Responding genes, and which of them {name} calls", "svg": drawing, "tone": run.tone(model)}
 
 
-def _distances(run: Run, w1: dict[str, np.ndarray], rows: list[int], model: str, where: str) -> Markup | None:
+def _distances(run: Run, rows: list[int], model: str, where: str) -> Markup | None:
     """The genes whose distribution a model predicts worst: control cells as bars, predictions as dots."""
+    w1 = run.expression.w1
     if model not in w1 or "control_mean" not in w1:
         return None
     by_gene = {m: _mean(w1[m][rows]) for m in dict.fromkeys((model, *REFERENCES)) if m in w1}
@@ -124,7 +125,7 @@ def distributions(run: Run) -> dict[str, Any]:
         for m, values in sorted(by_gene.items(), key=lambda pair: np.nan_to_num(means[pair[0]], nan=np.inf))
     ]
     legend = [{"name": NAMES.get(m, m), "tone": run.tone(m)} for m in dict.fromkeys((lead, "perturbation_mean"))]
-    drawing = _distances(run, w1, rows, lead, f"all {len(rows)} test conditions")
+    drawing = _distances(run, rows, lead, f"all {len(rows)} test conditions")
     return {"lead": NAMES.get(lead, lead), "legend": legend, "table": table, "svg": drawing}
 
 

@@ -30,7 +30,7 @@ def panel(run: Run, metric: str, words: Words, among: Among = "scores") -> dict[
     scores: pd.DataFrame = getattr(run, among)
     scores = scores[(scores["metric"] == metric) & np.isfinite(scores["mean"])]
     scores = scores.loc[sorted(scores.index, key=lambda i: run.gap(metric, scores.at[i, "mean"]))]
-    ceiling = run.ceiling_of(metric) if among == "scores" else None
+    ceiling = run.ceiling_of(metric) if among == "scores" and words.ceiling else None
     marks = [mark for mark in (words.mark, None if ceiling is None else ceiling["mean"]) if mark is not None]
     ends = [scores["mean"], scores["ci_low"], scores["ci_high"], marks]
     values = np.concatenate([np.asarray(e, float) for e in ends])
@@ -75,8 +75,8 @@ def interval(low: float, high: float, digits: int = 3) -> str:
 
 
 def _limit(best: float | None, mark: float | None) -> str:
-    """What half of the measured cells scored against the other half is called."""
-    return "two halves" if best is None or best == mark else "floor" if best == 0 else "ceiling"
+    """What half of the measured cells scored against the other half is called; noise in both adds to their errors."""
+    return "two halves" if best in (None, 0, mark) else "ceiling"
 
 
 def _better(best: float | None, mark: float | None) -> str:

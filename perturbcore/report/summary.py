@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from perturbcore.metrics.verdict import EXAGGERATED, HEADLINES, SHRUNK
-from perturbcore.report.folder import FDR, Run
+from perturbcore.report.folder import FDR, HEADLINE, Run
 from perturbcore.report.panels import interval
 from perturbcore.report.svg import number
 from perturbcore.report.words import AS_SUBJECT, COLLAPSE, LEADERBOARD, NAMES, count, listing
@@ -92,17 +92,16 @@ def rate(fdr: float) -> str:
 
 
 def _ceiling(run: Run) -> str:
-    metric = next(iter(HEADLINES))
-    ceiling = run.ceiling_of(metric)
+    ceiling = run.ceiling_of(HEADLINE)
     if ceiling is None:
         return ""
     bounds = interval(ceiling["ci_low"], ceiling["ci_high"])
     reached = number(ceiling["mean"]) + (f" ({bounds})" if bounds else "")
     full = ceiling["full_depth"]
-    more = f" With all cells a perfect model could reach about {number(full)}." if math.isfinite(full) else ""
+    more = f" A second experiment of the full size would reach about {number(full)}." if math.isfinite(full) else ""
     return (
         f"Cells are few and noisy, so even the measurement repeats itself only so far. One half of the "
-        f"measured cells, scored against the other half, has a {LEADERBOARD[metric].title} of {reached}.{more}"
+        f"measured cells, scored against the other half, has a {LEADERBOARD[HEADLINE].title} of {reached}.{more}"
     )
 
 
@@ -195,12 +194,13 @@ def _difference(pair: pd.Series, best: float | None) -> dict[str, str]:
     if not math.isfinite(pair["ci_low"]):
         return {"value": "–", "interval": "", "fdr": "", "word": "not comparable", "kind": ""}
     kind = standing(pair, best)
+    unsure = kind != "open" and not pair["fdr"] < FDR
     return {
         "value": ("+" if pair["difference"] > 0 else "") + number(pair["difference"]),
         "interval": interval(pair["ci_low"], pair["ci_high"]),
         "fdr": rate(pair["fdr"]) if math.isfinite(pair["fdr"]) else "",
-        "word": "undecided" if kind == "open" else kind,
-        "kind": kind,
+        "word": "undecided" if kind == "open" else f"likely {kind}" if unsure else kind,
+        "kind": "open" if unsure else kind,
     }
 
 

@@ -12,6 +12,7 @@ class Words(NamedTuple):
     meaning: str
     mark: float | None = None  # a value worth a line in the plot
     mark_label: str = ""
+    ceiling: bool = True  # whether two halves of the measured cells are scored the same way
 
 
 NAMES = {
@@ -69,6 +70,7 @@ LEADERBOARD = {
         "raise the score; Pearson Δ proper takes different halves of the control cells.",
         0,
         "no relation",
+        ceiling=False,
     ),
     "discrimination_score_l1": Words(
         "Discrimination", "Is the prediction nearer to its own perturbation than to the others tested?", 0.5, "chance"
