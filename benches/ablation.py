@@ -41,7 +41,7 @@ from perturbcore.data import (
 )
 from perturbcore.metrics.comparison import Comparison
 from perturbcore.metrics.de import deg_labels
-from perturbcore.metrics.evaluate import score
+from perturbcore.metrics.summary import score
 from perturbcore.models import BASELINES, AdaPert
 
 SHOWN = ["pearson_delta", "discrimination_score_l1", "variance_ratio", "mse_delta"]

@@ -70,12 +70,12 @@ def _write(folder: Path, conditions: list[Condition], real: Screen, pred: Screen
         targets = [real.label(condition.perturbation) for condition in conditions]
         table = _de_table(Population.of(screen, conditions).contrast.de, targets, screen.genes)
         write_atomic(folder / f"{name}_de.csv", table.to_csv(index=False).encode())
-    files = [folder / name for name in ("real.h5ad", "pred.h5ad", "real_de.csv", "pred_de.csv")]
-    flags = zip(("-ar", "-ap", "-dr", "-dp"), map(str, files), strict=True)
-    words = ["cell-eval", "run", *(word for pair in flags for word in pair)]
+    real_cells, pred_cells = (folder / f"{name}.h5ad" for name in sides)
+    real_table, pred_table = (folder / f"{name}_de.csv" for name in sides)
+    words = ["cell-eval", "run", "-ar", real_cells, "-ap", pred_cells, "-dr", real_table, "-dp", pred_table]
     words += ["--pert-col", real.perturbation_key, "--control-pert", real.control_label]
-    words += ["--skip-metrics", "clustering_agreement", "-o", str(folder / "cell-eval")]
-    return CellEvalPair(*files, shlex.join(words))
+    words += ["--skip-metrics", "clustering_agreement", "-o", folder / "cell-eval"]
+    return CellEvalPair(real_cells, pred_cells, real_table, pred_table, shlex.join(map(str, words)))
 
 
 def _de_table(table: DETable, targets: list[str], genes: np.ndarray) -> pd.DataFrame:

@@ -92,7 +92,8 @@ def write_scores(out: Path, scores: Scores, paired: pd.DataFrame) -> None:
 def _write_npz(path: Path, labels: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
     """Write labels as they are and arrays in float32, compressed."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **labels, **{name: array.astype(np.float32) for name, array in arrays.items()})
+    content: dict[str, Any] = {**labels} | {name: array.astype(np.float32) for name, array in arrays.items()}
+    np.savez_compressed(buffer, **content)
     write_atomic(path, buffer.getvalue())
 
 

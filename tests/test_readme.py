@@ -31,13 +31,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     screen.adata.write_h5ad(folder / "screen.h5ad")
     edges = {"source": graph.nodes[graph.src], "target": graph.nodes[graph.dst], "weight": graph.weight}
     pd.DataFrame(edges).to_csv(folder / "string.csv.gz", index=False)
+    cells = screen.normalise().adata
+    for start, name in enumerate(("pred_theirs", "pred_ours")):
+        cells[start::2].copy().write_h5ad(folder / f"{name}.h5ad")
     np.savez(folder / "genes.npz", genes=np.asarray(embedding.genes, dtype=str), embedding=embedding.vectors)
     return folder
 
 
 def test_the_readme_has_an_example_for_each_use() -> None:
     assert len(PYTHON) == 2
-    assert {command[1] for command in COMMANDS} == {"inspect", "compare", "bench"}
+    assert {command[1] for command in COMMANDS} == {"inspect", "compare", "evaluate", "bench"}
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=["model", "ops"])
@@ -55,3 +58,6 @@ def test_command_runs(command: list[str], folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     if command[1] == "compare":
         assert (folder / "runs/first/report.html").stat().st_size > 0
+    if command[1] == "evaluate":
+        assert (folder / "scores/scores.csv").exists()
+        assert (folder / "files/ours/pred.h5ad").exists()

@@ -11,6 +11,7 @@ from scipy import sparse
 from perturbcore.data import Condition, DataError, Screen, Split
 from perturbcore.metrics.align import align, conditions_to_judge
 from perturbcore.metrics.comparison import CellDistances, Comparison, Values
+from perturbcore.metrics.de import Matrix
 from perturbcore.metrics.populations import Population, control_halves
 from perturbcore.metrics.scores import MEASURED, Scores
 from perturbcore.metrics.summary import score
@@ -121,7 +122,7 @@ def _compare(
     )
 
 
-def _stack(*cells: object) -> object:
+def _stack(*cells: Matrix) -> Matrix:
     return sparse.vstack(cells, format="csr") if any(map(sparse.issparse, cells)) else np.concatenate(cells)
 
 

@@ -81,12 +81,8 @@ def cell_distances(
         for name, population in predicted.items():
             theirs = places[name][population.ptr[i] : population.ptr[i + 1]]
             by_gene = torch.from_numpy(population.dense(i))
-            rows[name].append(
-                _Row(
-                    *_joint(theirs, ours, seed),
-                    *(np.float64(ops.wasserstein_1d(by_gene, cells, p).numpy()) for p in (1, 2)),
-                )
-            )
+            w1_gene, w2_squared_gene = (ops.wasserstein_1d(by_gene, cells, p).double().numpy() for p in (1, 2))
+            rows[name].append(_Row(*_joint(theirs, ours, seed), w1_gene, w2_squared_gene))
     return {name: _stacked(of) for name, of in rows.items()}
 
 

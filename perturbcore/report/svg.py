@@ -209,7 +209,7 @@ def bars(
             title = escape(f"{name}: {label} {number(float(bar[i]), 2)}")
             rectangle = f'<rect x="{start:.1f}" y="{y - 5:.1f}" width="{end - start:.1f}" height="10" class="measured">'
             body.append(f"{rectangle}<title>{title}</title></rect>")
-        for model, guess in reversed(dots.items()):  # the first on top
+        for model, guess in reversed(list(dots.items())):  # the first on top
             if np.isfinite(guess[i]):
                 hint = f"{name}: {model} {number(float(guess[i]), 2)}"
                 body.append(_dot(at(float(guess[i])), y, 4, f"dot {tones[model]}", hint))
