@@ -27,6 +27,9 @@ from perturbcore.kernels.graph import gated_pool_triton_gpu as pool
 from perturbcore.kernels.graph import gatv2_triton_gpu as gatv2
 from perturbcore.kernels.graph import masked_spmm_triton_gpu as masked
 from perturbcore.kernels.graph import triton_gpu as graph
+from perturbcore.kernels.transport import energy_triton_gpu as energy
+from perturbcore.kernels.transport import pairs_triton_gpu as pairs
+from perturbcore.kernels.transport import sinkhorn_triton_gpu as sinkhorn
 
 ROOT = Path(__file__).parent.parent
 BUDGET = Path(__file__).with_name("kernels.json")
@@ -91,6 +94,26 @@ MASKED = {
     ),
     "weight backward": (masked._weight_bwd_kernel, ("row", "col"), ("mask", "x", "grad", "grad_weight"), ()),
 }
+# pairs of rows of two clouds: the kernel, its tensors of the input's type and of float64, other arguments, constants
+PAIRS = dict.fromkeys(("rows", "columns", "features"), "i32")
+STRIDES = {
+    name: dict.fromkeys((f"{name}_batch", f"{name}_row", f"{name}_column"), "i32") for name in ("weight", "cost")
+}
+TRANSPORT: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...], dict[str, str], dict[str, Any]]] = {
+    "energy": (
+        *(energy._distance_kernel, ("x", "y", "weight"), ("total",)),
+        *(PAIRS | {"weight_batch": "i32", "weight_row": "i32", "scale": "fp64"}, pairs.BLOCKS | {"KEEP": True}),
+    ),
+    "pull": (
+        *(pairs._pull_kernel, ("weight", "x", "y", "up", "grad"), ()),
+        *(PAIRS | STRIDES["weight"], pairs.BLOCKS | {"ADD": True}),
+    ),
+    "cost": (sinkhorn._cost_kernel, ("x", "y"), ("cost",), PAIRS, pairs.BLOCKS | {"ROOT": True}),
+    "softmin": (
+        *(sinkhorn._softmin_kernel, (), ("cost", "height", "out")),
+        *({"rows": "i32", "columns": "i32", "eps": "fp64"} | STRIDES["cost"], sinkhorn.TILE),
+    ),
+}
 DRAW = {"key_low": "i64", "key_high": "i64", "row": "*i64", "column": "*i64", "out": "*fp32", "size": "i32"}
 
 # name: kernel, types of its arguments, constants, warps; the configurations that the launchers use
@@ -137,6 +160,11 @@ for name, (kernel, integers, floats, sizes) in MASKED.items():
 types = {"query": "*i64", "node": "*i64", "place": "*i32"} | MASKED_SIZES
 del types["edges"]
 CONFIGURATIONS["masked_spmm places"] = (masked._enter_kernel, types, {"BLOCK": masked.BLOCK_ENTRIES}, 4)
+for name, (kernel, own, exact, numbers, constants) in TRANSPORT.items():
+    for number, kind in (("fp32", tl.float32), ("fp64", tl.float64)):
+        types = dict.fromkeys(own, f"*{number}") | dict.fromkeys(exact, "*fp64") | numbers
+        typed = {"NUMBER": kind} if "NUMBER" in kernel.arg_names else {}
+        CONFIGURATIONS[f"transport {name} {number}"] = (kernel, types, constants | typed, pairs.WARPS)
 
 
 def usage(binary: Path, architecture: int) -> Iterator[tuple[str, dict[str, int]]]:

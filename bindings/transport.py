@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, cast, overload
 
@@ -295,37 +296,41 @@ def _gradients(x: Tensor, y: Tensor, need_x: bool, need_y: bool) -> tuple[Tensor
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save the clouds and what the op returned beside its value, as far as the backward op takes it."""
     x, y, *ctx.options = inputs
+    ctx.set_materialize_grads(False)  # of what is kept; zeros would be as large
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, y, *output[1:3])
 
 
-def _asked(ctx: Any, grads: tuple[Tensor, Tensor]) -> list[Tensor | None]:
-    return [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
+def _asked(ctx: Any, backward: Any, grad: Tensor | None, options: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x and y that are needed, and None for all options; without ``grad``, for all."""
+    need = ctx.needs_input_grad[:2]
+    grads = (None, None) if grad is None else backward(*ctx.saved_tensors, *options, grad, *need)
+    asked = (g if needed else None for g, needed in zip(grads, need, strict=True))
+    return (*asked, *(None,) * len(ctx.options))
 
 
-def _energy_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _ops.energy_distance_backward.default(*ctx.saved_tensors, grad, *ctx.needs_input_grad[:2])
-    return (*_asked(ctx, grads), None, None)
+def _energy_grad(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _asked(ctx, _ops.energy_distance_backward.default, grad, ())
 
 
-def _divergence_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    options = ctx.options[:2]
-    grads = _ops.sinkhorn_divergence_backward.default(*ctx.saved_tensors, *options, grad, *ctx.needs_input_grad[:2])
-    return (*_asked(ctx, grads), None, None, None, None)
+def _divergence_grad(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _asked(ctx, _ops.sinkhorn_divergence_backward.default, grad, ctx.options[:2])
 
 
-def _emd_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _ops.emd_backward.default(*ctx.saved_tensors, *ctx.options, grad, *ctx.needs_input_grad[:2])
-    return (*_asked(ctx, grads), None)
+def _emd_grad(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _asked(ctx, _ops.emd_backward.default, grad, ctx.options)
 
 
 def _plan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.options = inputs[3:5]
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[0])
 
 
-def _plan_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _plan_grad(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     return (_ops.sinkhorn_plan_backward.default(*ctx.saved_tensors, grad, *ctx.options), *(None,) * 5)
 
 

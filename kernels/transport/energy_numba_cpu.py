@@ -12,7 +12,7 @@ Blocks of the batch, or of the rows of one large entry, are taken in turn, so wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from perturbcore.kernels.common.numba_cpu import inner, kernel, run, scalar
 from perturbcore.kernels.transport.shapes import check_clouds, check_coefficients
 
 NEAR = 0.02  # of |a|² + |b|², as squared distance: there float32 has lost 50 of its units in the last place
-BLOCK = 1 << 21  # numbers that a block works on
+BLOCK = 1 << 20  # numbers that a block works on
+SUMMED = 512  # distances, before float32 loses more of the sum than 1e-6
 
 
 @inner
@@ -50,14 +51,15 @@ def _measure(product, norm, norms, own, others, itself, scale):
     if pairs > 0:
         for j in range(product.size):
             if j != itself and product[j] < near * (norm + norms[j]):
-                squared = _squared(own, others[j])
-                total += np.sqrt(squared)
+                total += np.sqrt(_squared(own, others[j]))
                 product[j] = product.dtype.type(0)
-    for j in range(product.size):
-        squared = product[j]
-        distance = np.sqrt(squared)
-        total += np.float64(distance)
-        product[j] = product.dtype.type(0) if squared <= 0 else scale / distance
+    for begin in range(0, product.size, SUMMED):
+        part, some = product[begin : begin + SUMMED], product.dtype.type(0)
+        for j in range(part.size):
+            distance = np.sqrt(part[j])
+            some += distance
+            part[j] = product.dtype.type(0) if part[j] <= 0 else scale / distance
+        total += some
     return total
 
 
@@ -101,8 +103,8 @@ def _from_y(product, norms, y, first, scale, total):
     batch, rows, _ = product.shape
     for task in prange(batch * rows):
         b, i = task // rows, task % rows
-        row, norm = product[b, i], norms[b, first + i]
-        total[b, i] = 0.5 * scale * _measure(row, norm, norms[b], y[b, first + i], y[b], first + i, scale)
+        own, norm = y[b, first + i], norms[b, first + i]
+        total[b, i] = 0.5 * scale * _measure(product[b, i], norm, norms[b], own, y[b], first + i, scale)
 
 
 @inner
@@ -124,19 +126,18 @@ def _pull_near(coefficient, own, others, itself, scale, grad):
 
 
 @kernel
-def _gradient(coefficient, centred, pulled, own, x, y, first, shift, scale_x, scale_y, up, grad):
-    """From c z [B, rows, D] in ``pulled``, for rows ``first`` … of ``own``, which begins at ``shift`` in z."""
+def _gradient(coefficient, centred, own, x, y, first, shift, scale_x, scale_y, up, grad):
+    """From c z [B, rows, D] in ``grad``, for rows ``first`` … of ``own``, which begins at ``shift`` in z."""
     batch, rows, _ = coefficient.shape
     n = x.shape[1]
     for task in prange(batch * rows):
         b, i = task // rows, task % rows
         place = shift + first + i
-        row, mine, out, away = coefficient[b, i], centred[b, place], grad[b, first + i], pulled[b, i]
-        total = row.dtype.type(0)
+        row, mine, out, total = coefficient[b, i], centred[b, place], grad[b, i], coefficient.dtype.type(0)
         for j in range(row.size):
             total += row[j]
         for k in range(out.size):
-            out[k] = total * mine[k] - away[k]
+            out[k] = total * mine[k] - out[k]
         _pull_near(row[:n], own[b, first + i], x[b], place if place < n else -1, scale_x, out)
         _pull_near(row[n:], own[b, first + i], y[b], place - n if place >= n else -1, scale_y, out)
         for k in range(out.size):
@@ -151,19 +152,23 @@ def energy_distance(x: Tensor, y: Tensor, keep_x: bool, keep_y: bool) -> tuple[T
     from_y = y.new_empty((batch, m, m) if keep_y else 0)
     total = x.new_empty(batch, n + m, dtype=torch.float64)
     scale_x, scale_xy, scale_y = _scales(x, y)
-    for entries in _entries(x, y):
-        block, centred, norms = (x[entries], y[entries]), *_centred(x[entries], y[entries])
-        for rows in _rows(n, n + m):
-            product = _product(centred[:, rows], centred, from_x[entries, rows] if from_x.numel() else None)
+    entries, rows_x, rows_y = _entries(x, y), _rows(n, n + m), _rows(m, m)
+    centred, norms, products = _workspace(x, y, max(rows_x[0].stop * (n + m), rows_y[0].stop * m))
+    for some in entries:
+        block = x[some], y[some]
+        z, squares = centred[: len(block[0])], norms[: len(block[0])]
+        run(_centre, *block, z, squares)
+        for rows in rows_x:
+            product = _product(z[:, rows], z, from_x[some, rows] if from_x.numel() else products)
             share = total.new_empty(product.shape[:2])
-            run(_from_x, product, norms, *block, rows.start, scale_x, scale_xy, share)
-            total[entries, rows] = share
-        for rows in _rows(m, m):
+            run(_from_x, product, squares, *block, rows.start, scale_x, scale_xy, share)
+            total[some, rows] = share
+        for rows in rows_y:
             of_y = slice(n + rows.start, n + rows.stop)
-            product = _product(centred[:, of_y], centred[:, n:], from_y[entries, rows] if from_y.numel() else None)
+            product = _product(z[:, of_y], z[:, n:], from_y[some, rows] if from_y.numel() else products)
             share = total.new_empty(product.shape[:2])
-            run(_from_y, product, norms[:, n:], block[1], rows.start, scale_y, share)
-            total[entries, of_y] = share
+            run(_from_y, product, squares[:, n:], block[1], rows.start, scale_y, share)
+            total[some, of_y] = share
     return total.sum(1).to(x.dtype), from_x, from_y
 
 
@@ -172,21 +177,23 @@ def energy_distance_backward(
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.energy_distance_backward``."""
     check_coefficients(x, y, from_x, from_y, grad, need_y)
-    x, y, n, m = x.contiguous(), y.contiguous(), x.shape[1], y.shape[1]
+    x, y, from_x, from_y = x.contiguous(), y.contiguous(), from_x.contiguous(), from_y.contiguous()
+    n, m = x.shape[1], y.shape[1]
     grad_x, grad_y = x.new_empty(x.shape if need_x else 0), y.new_empty(y.shape if need_y else 0)
     scale_x, scale_xy, scale_y = _scales(x, y)
-    for entries in _entries(x, y):
-        block, centred = (x[entries], y[entries]), _centred(x[entries], y[entries])[0]
-        if need_x:
-            for rows in _rows(n, n + m):
-                coefficient = from_x[entries, rows]
-                operands = (coefficient, centred, torch.bmm(coefficient, centred), block[0], *block)
-                run(_gradient, *operands, rows.start, 0, scale_x, scale_xy, grad[entries], grad_x[entries])
-        if need_y:
-            for rows in _rows(m, n + m):
-                coefficient = torch.cat([from_x[entries, :, n:].mT[:, rows], from_y[entries, rows]], 2)
-                operands = (coefficient, centred, torch.bmm(coefficient, centred), block[1], *block)
-                run(_gradient, *operands, rows.start, n, scale_xy, scale_y, grad[entries], grad_y[entries])
+    centred, norms, _ = _workspace(x, y, 0)
+    for some in _entries(x, y):
+        block, up = (x[some], y[some]), grad[some]
+        z = centred[: len(up)]
+        run(_centre, *block, z, norms[: len(up)])
+        for rows in _rows(n, n + m) if need_x else ():
+            coefficient, out = from_x[some, rows], grad_x[some, rows]
+            torch.bmm(coefficient, z, out=out)
+            run(_gradient, coefficient, z, block[0], *block, rows.start, 0, scale_x, scale_xy, up, out)
+        for rows in _rows(m, n + m) if need_y else ():
+            coefficient, out = torch.cat([from_x[some, :, n:].mT[:, rows], from_y[some, rows]], 2), grad_y[some, rows]
+            torch.bmm(coefficient, z, out=out)
+            run(_gradient, coefficient, z, block[1], *block, rows.start, n, scale_xy, scale_y, up, out)
     return grad_x, grad_y
 
 
@@ -196,27 +203,30 @@ def _scales(x: Tensor, y: Tensor) -> tuple[np.floating[Any], ...]:
     return scalar(-2 / n**2, x), scalar(2 / (n * m), x), scalar(-2 / m**2, x)
 
 
-def _entries(x: Tensor, y: Tensor) -> Iterator[slice]:
+def _entries(x: Tensor, y: Tensor) -> list[slice]:
     """Cut the batch into blocks, of one entry where that is large."""
     (batch, n, features), m = x.shape, y.shape[1]
-    size = max(1, BLOCK // ((n + m) * (max(n, m) + features)))
-    return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
+    return _cut(batch, BLOCK // ((n + m) * (max(n, m) + features)))
 
 
-def _rows(size: int, columns: int) -> Iterator[slice]:
+def _rows(size: int, columns: int) -> list[slice]:
     """Cut the rows of an entry into blocks; all are one block where ``_entries`` has more than one entry."""
-    step = max(1, BLOCK // columns)
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+    return _cut(size, BLOCK // columns)
 
 
-def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    batch, n, features = x.shape
-    centred = x.new_empty(batch, n + y.shape[1], features)
-    norms = x.new_empty(centred.shape[:2])
-    run(_centre, x, y, centred, norms)
-    return centred, norms
+def _cut(size: int, step: int) -> list[slice]:
+    step = max(1, step)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
-    """Return the products of the rows of a with those of b, in their place where they are kept."""
-    return torch.bmm(a, b.mT) if out is None else torch.bmm(a, b.mT, out=out)
+def _workspace(x: Tensor, y: Tensor, products: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for what a block needs: centred rows, their norms, and so many products for each entry."""
+    entries, both, features = _entries(x, y), x.shape[1] + y.shape[1], x.shape[2]
+    most = entries[0].stop if entries else 0
+    return x.new_empty(most, both, features), x.new_empty(most, both), x.new_empty(most * products)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Return the products of the rows of a with those of b: in ``out``, or in front of it where that is a workspace."""
+    shape = a.shape[0], a.shape[1], b.shape[1]
+    return torch.bmm(a, b.mT, out=out if out.dim() == 3 else out[: math.prod(shape)].view(shape))

@@ -1,0 +1,21 @@
+"""The transport family in Triton: each op has a file and is named here."""
+
+from perturbcore.kernels.transport.emd import emd, emd_backward
+from perturbcore.kernels.transport.energy_triton_gpu import energy_distance, energy_distance_backward
+from perturbcore.kernels.transport.sinkhorn_triton_gpu import (
+    sinkhorn_divergence,
+    sinkhorn_divergence_backward,
+    sinkhorn_plan,
+    sinkhorn_plan_backward,
+)
+
+__all__ = [
+    "emd",
+    "emd_backward",
+    "energy_distance",
+    "energy_distance_backward",
+    "sinkhorn_divergence",
+    "sinkhorn_divergence_backward",
+    "sinkhorn_plan",
+    "sinkhorn_plan_backward",
+]
