@@ -125,6 +125,14 @@ def test_negative_values_with_and_without_ties():
     assert_scipys(rank_sum(sparse.csr_array(cells), ptr, sparse.csr_array(control)), cells, ptr, control)
 
 
+def test_many_cells_of_one_value_are_ranked():
+    cells, control = expression(3 * FEW, 1, 0), expression(3 * FEW, 1, 1)
+    cells[:] = np.float32(0.7)
+    ptr = np.array([0, 3 * FEW])
+    assert_scipys(rank_sum(cells, ptr, control), cells, ptr, control)
+    assert_scipys(rank_sum(control, ptr, cells), control, ptr, cells)
+
+
 def test_constant_gene_has_p_one():
     _, p_value = rank_sum(np.ones((4, 1)), np.array([0, 4]), np.ones((5, 1)))
     assert p_value.item() == 1.0

@@ -235,6 +235,8 @@ def _sort(values: Any, spare: Any, first: Any) -> None:
     """Sort by insertion, many values after they are spread over as many equal intervals; fits `spare` and `first`."""
     if values.size > FEW:
         low, high = values.min(), values.max()
+        if low == high:
+            return
         scale = values.size / (np.float64(high) - np.float64(low))
         if not 0 < scale < np.inf or not _spread(values, low, scale, spare, first):
             values.sort()
