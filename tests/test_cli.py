@@ -360,10 +360,13 @@ def test_evaluate_repeats_the_scores_of_compare(run: Path, files: Files, capsys:
     predictions = [str(run / f"pred_{name}.h5ad") for name in ("ridge", "adapert")]
     arguments = ["evaluate", str(files.screen), *predictions, "--split", str(run / "split.json"), "--json"]
     assert main(arguments) == 0
-    scores = {(s["model"], s["metric"]): s["mean"] for s in json.loads(capsys.readouterr().out)["scores"]}
+    printed = json.loads(capsys.readouterr().out)
+    scores = {(s["model"], s["metric"]): s["mean"] for s in printed["scores"]}
+    assert "embedding" in printed["skipped"]["nearest_neighbour"]
     written = [line.split(",") for line in (run / "scores.csv").read_text().splitlines()]
-    expected = {(row[0], row[1]): float(row[2]) for row in written if row[0] in ("ridge", "adapert") and row[2]}
-    for key in (("ridge", "pearson_delta"), ("adapert", "mae_delta"), ("adapert", "variance_ratio")):
+    expected = {(row[0], row[1]): float(row[2]) for row in written[1:] if row[2]}
+    beside = (("additive", "pearson_delta_disjoint"), ("control_mean", "mae"))  # fitted by evaluate itself
+    for key in (("ridge", "pearson_delta"), ("adapert", "mae_delta"), ("adapert", "variance_ratio"), *beside):
         assert scores[key] == pytest.approx(expected[key], rel=1e-4)
 
 

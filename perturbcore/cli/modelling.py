@@ -14,7 +14,7 @@ from perturbcore.cli import options
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from perturbcore.data import Screen
+    from perturbcore.data import Screen, Split
 
 
 def fit(
@@ -131,6 +131,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="FILE", help="split.json of the fit, or a STATE .toml: scores its test part only."),
     ] = None,
+    embedding: options.Embedding = None,
     context: options.Context = None,
     perturbation: options.Perturbation = "auto",
     control: options.Control = "auto",
@@ -160,7 +161,8 @@ def evaluate(
 
     A file's name, without pred_ and .h5ad, is the name of its model. Genes are matched by name; raw counts of the
     screen are brought to the scale of the predictions. Columns and control label of a prediction may have other usual
-    names than the screen's; what was taken for what is printed.
+    names than the screen's; what was taken for what is printed. With --split, the baselines are fitted to its training
+    part and scored beside the predictions (two of them need --embedding).
 
     Example: perturbcore evaluate screen.h5ad runs/first/pred_adapert.h5ad --split runs/first/split.json
     """
@@ -190,7 +192,8 @@ def evaluate(
             raise DataError(f"'{path}' cannot be read as AnnData: {str(error).splitlines()[0]}.") from error
     made = None if split is None else make_split(split, screen, context=context, seed=seed)
     screen = _on_scale_of(next(iter(predicted.values())), screen, target_sum)
-    scores = score(screen, predicted, made, control=predicted_control, seed=seed)  # type: ignore[arg-type]
+    baselines, lacking = ({}, {}) if made is None else _baselines(screen, made, embedding, seed, set(predicted))
+    scores = score(screen, predicted | baselines, made, control=predicted_control, seed=seed)  # type: ignore[arg-type]
     if out is not None:
         os.makedirs(out, exist_ok=True)
         write_scores(out, scores, scores.comparisons())
@@ -200,17 +203,38 @@ def evaluate(
             folder = cell_eval / name if len(predicted) > 1 else cell_eval
             commands += [pair.command for pair in to_cell_eval(cells, screen, folder)]
     if as_json:
-        said = {"notes": scores.notes, "responding": scores.num_responding, "cell_eval": commands}
+        said = {"notes": scores.notes, "skipped": lacking, "responding": scores.num_responding, "cell_eval": commands}
         tables = {"scores": scores.scores, "ceiling": scores.ceiling}
         print(json.dumps({name: json.loads(t.to_json(orient="records")) for name, t in tables.items()} | said))
         return
-    for note in scores.notes:
+    for note in [*scores.notes, *(f"{name} skipped: {why}" for name, why in lacking.items())]:
         print(note)
     table = scores.table().T.assign(ceiling=scores.ceiling.set_index("metric")["mean"])
     print(table.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-"))
-    for name in scores.models:
+    for name in predicted:
         print(f"\n{name}\n  " + "\n  ".join(scores.verdict(name)))
     print(*("", *commands), sep="\n")
+
+
+def _baselines(
+    screen: Screen, split: Split, embedding: Path | None, seed: int, taken: set[str]
+) -> tuple[dict[str, AnnData], dict[str, str]]:
+    """Predictions of the baselines that were not given, and why one of them has none."""
+    from perturbcore.data import GeneEmbedding, MissingInput, with_controls
+    from perturbcore.models import BASELINES
+
+    vectors = None if embedding is None else GeneEmbedding.read(embedding)
+    found, lacking = {}, {}
+    for name, kind in BASELINES.items():
+        if name in taken:
+            continue
+        try:
+            model = kind(embedding=vectors).fit(screen, split, seed=seed, progress=False)
+        except MissingInput as error:
+            lacking[name] = str(error)
+        else:
+            found[name] = with_controls(model.predict(screen, split.test, seed=seed), screen)
+    return found, lacking
 
 
 def _on_scale_of(prediction: AnnData, screen: Screen, target_sum: str | None) -> Screen:
