@@ -32,8 +32,8 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     have 0 (geomloss's value is half of this). NaN where a cloud has no rows. float32 or float64; float32 is exact to
     1e-6 of the mean distance between rows, of which the result is a difference. Differentiable in both; rows at
     distance 0 do not pull at each other. Keeps, where a gradient is to follow, a number per pair of a row of x and one
-    of x or y, and of two rows of y for the gradient of y; works on 2 MB otherwise, or one centred copy of the clouds of
-    a batch entry. Source: Székely and Rizzo, J. Stat. Plan. Inference 2013.
+    of x or y, and of two rows of y for the gradient of y; a CPU works on 2 million numbers, or, if they are more, on a
+    centred copy of the clouds of one batch entry. Source: Székely and Rizzo, J. Stat. Plan. Inference 2013.
     """
     x, y = _clouds(x, y)
     if _empty(x, y):
@@ -87,7 +87,7 @@ def sinkhorn_divergence(
 
     Differentiable in both by the envelope theorem: potentials are held fixed, which is exact where they have converged.
     Keeps two float64 numbers per row. Works on the cost and the kernel of one problem per thread, 12 or 16 bytes per
-    pair of rows; a GPU works on the cost matrices of all. Source: Feydy et al., AISTATS 2019.
+    pair of rows; a GPU works on a few float64 arrays of the size of all costs. Source: Feydy et al., AISTATS 2019.
     """
     x, y = _clouds(x, y)
     if p not in (1, 2):
@@ -97,7 +97,7 @@ def sinkhorn_divergence(
         divergence = _undefined(x, y)
         info = SinkhornInfo(divergence.detach(), torch.zeros_like(divergence, dtype=torch.int64))
     else:
-        divergence, _, _, *told = _ops.sinkhorn_divergence.default(x, y, p, float(eps), max_iter, tol)
+        divergence, _, _, *told = _ops.sinkhorn_divergence.default(x, y, int(p), float(eps), max_iter, tol)
         info = SinkhornInfo(*told)
         if tol is not None and not return_info:
             _warn(info, tol, eps, max_iter)
@@ -144,8 +144,8 @@ def sinkhorn_plan(
 
     Differentiable in ``cost``, not in ``a`` and ``b``, by the implicit function theorem: the equations that keep the
     marginals are solved by ``max_iter`` updates like the forward ones, which is exact where both have converged, and
-    keeps the plan alone. Works on 12 or 16 bytes per pair for each thread. Source: Cuturi, NeurIPS 2013; for the
-    gradient, Luise et al., NeurIPS 2018.
+    keeps the plan alone. Works on one float64 copy of the cost per thread, a GPU on a few of all. Source: Cuturi,
+    NeurIPS 2013; for the gradient, Luise et al., NeurIPS 2018.
     """
     cost = values("cost", cost, None, None)
     if cost.dim() != 3:

@@ -35,6 +35,13 @@ elif sys.argv[1] == "gatv2":
     inputs = normal(N, 2, D // 2), normal(N, 2, D // 2), normal(2, D // 2)
     op = lambda u, v, att: ops.gatv2(graph, u, v, att)
     inner, own = E * D * 4, (6 * N * D + 4 * E) * 4
+elif sys.argv[1] in ("energy_distance", "sinkhorn_divergence"):
+    B, N, D = 4, 150, 256
+    inputs = normal(B, N, D), normal(B, N, D)
+    op = ops.energy_distance
+    if sys.argv[1] != "energy_distance":
+        op = lambda x, y: ops.sinkhorn_divergence(x, y, eps=100.0, max_iter=5)
+    inner, own = B * N * N * D * 4, (6 * B * N * D + 4 * B * N * N) * 4
 else:
     N, B, D = 2000, 32, 128
     inputs = normal(N, D), normal(B, D), normal(D), normal(N, D)
@@ -55,7 +62,7 @@ print(min(peak_bytes(call) for _ in range(2)), own, inner)
 """
 
 
-OPS = ["spmm", "sddmm", "gatv2", "gated_pool"]
+OPS = ["spmm", "sddmm", "gatv2", "gated_pool", "energy_distance", "sinkhorn_divergence"]
 
 
 @pytest.mark.parametrize(

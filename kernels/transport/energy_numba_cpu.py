@@ -24,7 +24,7 @@ from perturbcore.kernels.common.numba_cpu import inner, kernel, run, scalar
 from perturbcore.kernels.transport.shapes import check_clouds, check_coefficients
 
 NEAR = 0.02  # of |a|² + |b|², as squared distance: there float32 has lost 50 of its units in the last place
-BLOCK = 1 << 20  # numbers that a block works on
+BLOCK = 1 << 21  # numbers that a block works on
 SUMMED = 512  # distances, before float32 loses more of the sum than 1e-6
 
 
