@@ -30,6 +30,7 @@ from perturbcore.kernels.graph import triton_gpu as graph
 from perturbcore.kernels.transport import energy_triton_gpu as energy
 from perturbcore.kernels.transport import pairs_triton_gpu as pairs
 from perturbcore.kernels.transport import sinkhorn_triton_gpu as sinkhorn
+from perturbcore.kernels.transport import wasserstein_triton_gpu as wasserstein
 
 ROOT = Path(__file__).parent.parent
 BUDGET = Path(__file__).with_name("kernels.json")
@@ -165,6 +166,29 @@ for name, (kernel, own, exact, numbers, constants) in TRANSPORT.items():
         types = dict.fromkeys(own, f"*{number}") | dict.fromkeys(exact, "*fp64") | numbers
         typed = {"NUMBER": kind} if "NUMBER" in kernel.arg_names else {}
         CONFIGURATIONS[f"transport {name} {number}"] = (kernel, types, constants | typed, pairs.WARPS)
+
+# per-gene distances: the places of one side against the other, and their sum
+SORTED = {"x_group": "*i64", "x_ptr": "*i64", "y_ptr": "*i64"}
+SORTED_SIZES = dict.fromkeys(("x_rows", "y_rows", "groups", "sides", "genes"), "i32")
+for number in ("fp32", "fp64"):
+    values = dict.fromkeys(("x", "y", "cost", "slope", "p"), f"*{number}")
+    for name, power, shares in (("p=1", 1, False), ("p=2", 2, False), ("p=1.5", 0, False), ("p=1, weighted", 1, True)):
+        ends = dict.fromkeys(("x_ends", "y_ends"), "*fp64" if shares else f"*{number}")
+        constants = wasserstein.TILE | {"P": power, "WEIGHTED": shares}
+        types = values | SORTED | ends | SORTED_SIZES
+        CONFIGURATIONS[f"wasserstein_1d {name} {number}"] = (
+            wasserstein._places_kernel,
+            types,
+            constants,
+            wasserstein.WARPS,
+        )
+    types = {"cost": f"*{number}", "ptr": "*i64", "value": f"*{number}", "rows": "i32", "genes": "i32"}
+    CONFIGURATIONS[f"wasserstein_1d sum {number}"] = (
+        wasserstein._sum_kernel,
+        types,
+        wasserstein.SUM,
+        wasserstein.WARPS,
+    )
 
 
 def usage(binary: Path, architecture: int) -> Iterator[tuple[str, dict[str, int]]]:

@@ -30,7 +30,7 @@ MODULES = {
 SERVES = {
     "reference": frozenset(FAMILY),
     "numba": frozenset(FAMILY),
-    "triton": frozenset((*GRAPH, *TRANSPORT)),
+    "triton": frozenset(FAMILY),
     "cuda": frozenset({"spmm", "spmm_backward"}),
 }
 DEFAULTS = {"cpu": ("numba", "reference"), "cuda": ("triton", "cuda", "reference")}

@@ -8,14 +8,18 @@ from perturbcore.kernels.transport.sinkhorn_triton_gpu import (
     sinkhorn_plan,
     sinkhorn_plan_backward,
 )
+from perturbcore.kernels.transport.wasserstein_triton_gpu import presort, wasserstein_1d, wasserstein_1d_backward
 
 __all__ = [
     "emd",
     "emd_backward",
     "energy_distance",
     "energy_distance_backward",
+    "presort",
     "sinkhorn_divergence",
     "sinkhorn_divergence_backward",
     "sinkhorn_plan",
     "sinkhorn_plan_backward",
+    "wasserstein_1d",
+    "wasserstein_1d_backward",
 ]

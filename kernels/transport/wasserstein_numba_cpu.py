@@ -37,20 +37,25 @@ PARTS = 32  # of a group of rows
 
 
 @inner
-def _to_rows(pull, count, zeros, given, order, slopes):
+def _to_rows(pull, count, zeros, given, values, order, slopes):
     """Bring the slopes of sorted places to the rows of their values."""
-    for lane in range(slopes.shape[1]):
+    lanes = slopes.shape[1]
+    if zeros.gap == 0:
+        for k in range(count):
+            for lane in range(lanes):
+                slopes[order[k, lane], lane] = pull[k, lane]
+        return
+    for lane in range(lanes):
         place = 0
         for k in range(count - zeros.gap):
             row = order[k, lane]
+            place += values[k, lane] < 0
             if row < count:
                 slopes[row, lane] = pull[k if k < zeros.begin else k + zeros.gap, lane]
-                place += given[row, lane] < 0
-        if zeros.gap:
-            for i in range(count):
-                zero = given[i, lane] == 0
-                slopes[i, lane] = pull[place, lane] if zero else slopes[i, lane]
-                place += zero
+        for i in range(count):
+            zero = given[i, lane] == 0
+            slopes[i, lane] = pull[place, lane] if zero else slopes[i, lane]
+            place += zero
 
 
 @kernel
@@ -102,7 +107,7 @@ def _integrals(x, x_ptr, most_x, y, y_ptr, most_y, presorted, sloped, p, kind, w
             pull[: n if sloped else 0] = 0
             store(integrate(rows_x, zeros_x, n, sorted_y, y_at, zeros_y, m, p, sloped, pull), value, group, at)
             if sloped:
-                _to_rows(pull, n, zeros_x, given, order, slopes)
+                _to_rows(pull, n, zeros_x, given, rows_x, order, slopes)
                 for lane in range(min(lanes, genes - at)):
                     if np.isnan(value[group, at + lane]):
                         slopes[:n, lane] = np.nan

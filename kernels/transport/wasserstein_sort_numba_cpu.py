@@ -25,10 +25,10 @@ from perturbcore.kernels.transport.wasserstein_vector_numba_cpu import (
     keys_of,
     largest,
     no_keys,
+    split_pairs,
+    store_pairs,
     values_of,
 )
-
-ROW_BITS = np.int64(0xFFFFFFFF)
 
 
 class Run(NamedTuple):
@@ -119,22 +119,23 @@ def _sort_pairs32(x, first, count, at, dense, given, keys, values, pairs, order)
     rows, run = _run(count, low, high)
     if dense:
         rows, run = count, Run(run.begin, run.end, 0)
-    lanes = pairs.shape[2]
-    for lane in range(given.shape[1]):
-        half, column, place = pairs[lane // lanes], lane % lanes, 0
+    if rows == count:
         for i in range(count):
-            key = given[i, lane]
-            half[place, column] = np.int64(key) << 32 | i
-            place += (key != 0) | (rows == count)
-        for i in range(place, rows):
-            half[i, column] = count
+            store_pairs(load(no_keys(tail(x)), given, i, 0), i, pairs)
+    else:
+        lanes = pairs.shape[2]
+        for lane in range(given.shape[1]):
+            half, column, place = pairs[lane // lanes], lane % lanes, 0
+            for i in range(count):
+                key = given[i, lane]
+                half[place, column] = np.int64(key) << 32 | i
+                place += key != 0
+            for i in range(place, rows):
+                half[i, column] = count
     for half in range(2):
         sort_keys(pairs[half], rows)
-        for k in range(rows):
-            for lane in range(lanes):
-                pair = pairs[half, k, lane]
-                keys[k, half * lanes + lane] = pair >> 32
-                order[k, half * lanes + lane] = pair & ROW_BITS
+    for k in range(rows):
+        split_pairs(pairs, k, keys, order)
     _decode(keys, rows, values)
     return run
 

@@ -159,3 +159,55 @@ def sign(typingctx, vector):
         return builder.select(builder.fcmp_ordered(">", value, zero), _alike(value.type, 1.0), negative)
 
     return vector(vector), codegen
+
+
+def _halves(size: int) -> list[list[int]]:
+    return [list(range(size // 2)), list(range(size // 2, size))]
+
+
+@intrinsic
+def store_pairs(typingctx, keys, row, pairs):
+    """Write keys of 32 bits to ``pairs[:, row]``, [2, rows, 8] of int64: above the row, half of the lanes each."""
+
+    def codegen(context, builder, signature, arguments):
+        value, row, array = arguments
+        row = context.cast(builder, row, signature.args[1], types.int64)
+        half = ir.VectorType(ir.IntType(64), keys.lanes // 2)
+        for part, lanes in enumerate(_halves(keys.lanes)):
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+            key = builder.sext(builder.shuffle_vector(value, value, mask), half)
+            pair = builder.or_(builder.shl(key, _alike(half, 32)), spread(builder, row, half.count))
+            builder.store(pair, _part(context, builder, pairs, array, part, row, half), align=8)
+        return context.get_dummy_value()
+
+    return types.void(keys, row, pairs), codegen
+
+
+@intrinsic
+def split_pairs(typingctx, pairs, row, keys, rows):
+    """Write the keys and rows of ``pairs[:, row]`` to ``keys[row]`` and ``rows[row]``, int32 both."""
+
+    def codegen(context, builder, signature, arguments):
+        array, row = arguments[0], context.cast(builder, arguments[1], signature.args[1], types.int64)
+        half = ir.VectorType(ir.IntType(64), pairs.dtype.bitwidth // 8)
+        short = ir.VectorType(ir.IntType(32), half.count)
+        both = ir.Constant(ir.VectorType(ir.IntType(32), 2 * half.count), list(range(2 * half.count)))
+        halves = [builder.load(_part(context, builder, pairs, array, i, row, half), align=8) for i in range(2)]
+        above = [builder.trunc(builder.lshr(pair, _alike(half, 32)), short) for pair in halves]
+        below = [builder.trunc(pair, short) for pair in halves]
+        for kind, out, parts in ((keys, arguments[2], above), (rows, arguments[3], below)):
+            struct = context.make_array(kind)(context, builder, out)
+            start = builder.add(builder.ptrtoint(struct.data, ir.IntType(64)), builder.mul(row, ir.IntType(64)(64)))
+            whole = builder.shuffle_vector(parts[0], parts[1], both)
+            builder.store(whole, builder.inttoptr(start, whole.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(pairs, row, keys, rows), codegen
+
+
+def _part(context: Any, builder: Any, kind: Any, array: Any, part: int, row: Any, form: ir.VectorType) -> Any:
+    """Return a pointer to ``array[part, row]`` of an array [2, rows, 8] of int64."""
+    struct = context.make_array(kind)(context, builder, array)
+    start = builder.add(builder.ptrtoint(struct.data, ir.IntType(64)), builder.mul(row, ir.IntType(64)(64)))
+    offset = builder.mul(builder.extract_value(struct.strides, 0), ir.IntType(64)(part))
+    return builder.inttoptr(builder.add(start, offset), form.as_pointer())
