@@ -139,7 +139,7 @@ def test_genes_are_matched_by_name_and_storage_does_not_matter(screen, split, pr
     for prediction in shuffled.values():
         prediction.X = sparse.csr_matrix(prediction.X)
     again = evaluate(screen, shuffled, split, seed=0)
-    pd.testing.assert_frame_equal(again.scores, scores.scores, rtol=1e-6)
+    pd.testing.assert_frame_equal(again.scores, scores.scores, rtol=1e-6, atol=1e-6)
 
 
 def test_own_controls_are_used_when_predicted_and_said_when_not(screen, split, predictions, scores):

@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 
 from perturbcore.metrics.comparison import Comparison, Values
 from perturbcore.metrics.de import DETable
-from perturbcore.metrics.delta import INFINITY, row_correlation, unchanged_genes
+from perturbcore.metrics.delta import INFINITY, row_correlation, unchanged_genes, weighted_correlation
 from perturbcore.metrics.registry import register
 
 RESPONSE_THRESHOLD = 0.1  # |Δ| in log1p units beyond which an unchanged gene counts as a false responder
@@ -121,12 +121,9 @@ def de_spearman_sig(comparison: Comparison, weights: Values) -> Values:
     Perturbations without a measured DE gene are left out.
     """
     _, real, pred = _counts(comparison)
-    value = np.full(len(weights), np.nan)
-    for row, weight in enumerate(weights):
-        drawn = np.repeat(np.arange(len(real)), np.where((real > 0) & np.isfinite(pred), weight, 0).astype(int))
-        if len(drawn) > 1:
-            value[row] = row_correlation(rankdata(pred[drawn])[None], rankdata(real[drawn])[None])[0]
-    return value
+    known = (real > 0) & np.isfinite(pred)
+    weights = weights[:, known]
+    return weighted_correlation(_ranks(pred[known], weights), _ranks(real[known], weights), weights)
 
 
 @register(best=1, low=0, high=1)
@@ -199,6 +196,12 @@ def _counts(comparison: Comparison) -> tuple[Values, Values, Values]:
     pred = np.where(tested_pred, comparison.significant_pred.sum(axis=1), np.nan)
     shared = (comparison.significant_real & comparison.significant_pred).sum(axis=1)
     return np.where(tested_real & tested_pred, shared, np.nan), real, pred
+
+
+def _ranks(value: Values, weights: Values) -> Values:
+    """Mean ranks [R, P] of values [P] that occur `weights` [R, P] times each."""
+    lower, equal = value[:, None] > value, value[:, None] == value  # [of this one, than that one]
+    return weights @ (lower + equal / 2).T + 0.5
 
 
 def _tested(table: DETable | None) -> NDArray[np.bool_]:

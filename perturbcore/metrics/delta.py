@@ -164,6 +164,17 @@ def rank_correlation(x: Values, y: Values) -> Values:
     return value
 
 
+def weighted_correlation(x: Values, y: Values, weights: Values) -> Values:
+    """Pearson correlation of x and y, each [P] or [R, P], by row of weights [R, P]: [R]; NaN where one is flat."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = weights / weights.sum(axis=1, keepdims=True)
+        x = x - (share * x).sum(axis=1, keepdims=True)
+        y = y - (share * y).sum(axis=1, keepdims=True)
+        spread = np.sqrt((share * x * x).sum(axis=1)) * np.sqrt((share * y * y).sum(axis=1))
+        value = np.clip((share * x * y).sum(axis=1) / spread, -1.0, 1.0)
+    return np.where(spread > RESOLUTION**2, value, np.nan)
+
+
 def top_correlation(x: Values, y: Values, ranked: list[NDArray[np.int64]], k: int) -> Values:
     """Pearson correlation of each row of x with that row of y over the first k ranked columns; NaN for fewer than 3."""
     value = np.full(len(x), np.nan)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbcore.metrics.comparison import Comparison, Values
-from perturbcore.metrics.delta import RESOLUTION
+from perturbcore.metrics.delta import weighted_correlation
 from perturbcore.metrics.registry import register
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 BLOCK = 1024  # cells whose distances are held at once
+RESOLVED = 1e-6  # of the squared norms: a squared distance below is what rounding left of none
 
 
 def edistance(cells: Any, ptr: NDArray[np.int64], control: Any) -> Values:
     """Energy distance of every group of cells from the controls: 2 E‖x − c‖ − E‖x − x'‖ − E‖c − c'‖.
 
     Euclidean distances over all genes, a cell's distance to itself included, as cell-eval's `pearson_edistance` takes
-    them. Distances are float32, from matrix products of cells centred on the mean control, and summed in float64: two
-    cells that are the same come out 1e-3 of their distance from the centre apart at most.
+    them. Distances are float32, from matrix products, and summed in float64; cells within 1e-3 of their norm count as
+    the same.
 
     Args:
         cells: [n, G] dense or CSR, rows sorted by group.
@@ -35,25 +35,20 @@ def edistance(cells: Any, ptr: NDArray[np.int64], control: Any) -> Values:
         float64 [P]; NaN for a group without cells or without controls. Memory: the controls and one group, dense, and
         the distances of 1,024 cells to one of them.
     """
-    import torch
-
-    groups = list(pairwise(ptr))
-    if not control.shape[0]:
-        return np.full(len(groups), np.nan)
-    centre = np.asarray(control.mean(axis=0), dtype=np.float32).ravel()
-
-    def centred(matrix: Any) -> Tensor:
-        dense = matrix.toarray() if sparse.issparse(matrix) else np.asarray(matrix)
-        return torch.from_numpy(np.subtract(dense, centre, dtype=np.float32))
-
-    controls = centred(control)
-    among_controls = _mean_within(controls)
-    value = np.full(len(groups), np.nan)
-    for row, (first, last) in enumerate(groups):
-        if first < last:
-            group = centred(cells[first:last])
-            value[row] = 2 * _mean_between(group, controls) - _mean_within(group) - among_controls
-    return value
+    between: Callable[..., Values]
+    within: Callable[..., Values]
+    if sparse.issparse(cells):
+        between, within = _between_sparse, _within_sparse
+        cells, control = sparse.csr_matrix(cells), sparse.csr_matrix(control)
+    else:
+        cells, control = np.asarray(cells), control.toarray() if sparse.issparse(control) else np.asarray(control)
+        centre = np.zeros(1) if not len(control) else control.mean(axis=0)
+        between, within = partial(_between_dense, centre), partial(_within_dense, centre)
+    sizes, num_controls = np.diff(ptr), control.shape[0]
+    with np.errstate(invalid="ignore"):  # 0 / 0 of a group without cells
+        to_controls = between(cells, ptr, control) / (sizes * num_controls)
+        among_controls = within(control, np.array([0, num_controls])) / np.square(float(num_controls))
+        return 2 * to_controls - within(cells, ptr) / np.square(sizes) - among_controls
 
 
 @register(best=1, low=-1, high=1, level="model")
@@ -66,32 +61,52 @@ def pearson_edistance(comparison: Comparison, weights: Values) -> Values:
         return np.full(len(weights), np.nan)
     pred, real = comparison.edistance_pred, comparison.edistance_real
     known = np.isfinite(pred) & np.isfinite(real)
-    pred, real, weights = pred[known], real[known], weights[:, known]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = weights / weights.sum(axis=1, keepdims=True)
-        pred = pred - (share @ pred)[:, None]  # [R, P]
-        real = real - (share @ real)[:, None]
-        spread = np.sqrt((share * pred * pred).sum(axis=1) * (share * real * real).sum(axis=1))
-        value = np.clip((share * pred * real).sum(axis=1) / spread, -1.0, 1.0)
-    return np.where(spread > RESOLUTION**2, value, np.nan)
+    return weighted_correlation(pred[known], real[known], weights[:, known])
 
 
-def _mean_between(x: Tensor, y: Tensor) -> float:
-    total = sum(_distances(x[at : at + BLOCK], y).sum(dtype=np.float64) for at in range(0, len(x), BLOCK))
-    return float(total) / (len(x) * len(y))
+def _between_sparse(cells: Any, ptr: NDArray[np.int64], control: Any) -> Values:
+    from perturbcore.metrics.edistance_numba import summed_distances
+
+    total = summed_distances(cells, control)
+    return np.array([total[first:last].sum() for first, last in pairwise(ptr)])
 
 
-def _mean_within(x: Tensor) -> float:
-    """Mean distance of all pairs; each block of cells is compared with itself and those after it."""
+def _within_sparse(cells: Any, ptr: NDArray[np.int64]) -> Values:
+    from perturbcore.metrics.edistance_numba import summed_distances
+
+    return np.array([summed_distances(cells[first:last]).sum() for first, last in pairwise(ptr)])
+
+
+def _between_dense(centre: NDArray[Any], cells: Any, ptr: NDArray[np.int64], control: Any) -> Values:
+    against = _centred(control, centre)
+    return np.array([_summed(_centred(cells[first:last], centre), against) for first, last in pairwise(ptr)])
+
+
+def _within_dense(centre: NDArray[Any], cells: Any, ptr: NDArray[np.int64]) -> Values:
+    """Each block of cells is compared with itself and those after it."""
+    total = np.zeros(len(ptr) - 1)
+    for row, (first, last) in enumerate(pairwise(ptr)):
+        group = _centred(cells[first:last], centre)
+        for at in range(0, len(group), BLOCK):
+            block = group[at : at + BLOCK]
+            total[row] += _summed(block, block) + 2 * _summed(block, group[at + BLOCK :])
+    return total
+
+
+def _centred(cells: NDArray[Any], centre: NDArray[Any]) -> NDArray[np.float32]:
+    """Products of cells centred on the mean control are smaller, and so is their rounding."""
+    return np.subtract(cells, centre, dtype=np.float32, casting="same_kind")
+
+
+def _summed(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
+    import torch
+
+    left, right = torch.from_numpy(x), torch.from_numpy(y)
     total = 0.0
     for at in range(0, len(x), BLOCK):
-        block = x[at : at + BLOCK]
-        distances = _distances(block, x[at:])
-        np.fill_diagonal(distances, 0.0)  # what rounding leaves of a cell's distance to itself
-        total += float(2 * distances.sum(dtype=np.float64) - distances[:, : len(block)].sum(dtype=np.float64))
-    return total / len(x) ** 2
-
-
-def _distances(x: Tensor, y: Tensor) -> NDArray[np.float32]:
-    squares = x.square().sum(1)[:, None] + y.square().sum(1)
-    return squares.addmm_(x, y.T, alpha=-2).clamp_(min=0).sqrt_().numpy()
+        block = left[at : at + BLOCK]
+        scale = block.square().sum(1)[:, None] + right.square().sum(1)
+        squares = torch.addmm(scale, block, right.T, alpha=-2)
+        squares[squares <= scale.mul_(RESOLVED)] = 0.0
+        total += squares.sqrt_().sum(dtype=torch.float64).item()
+    return total

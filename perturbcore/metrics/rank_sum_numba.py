@@ -54,10 +54,7 @@ def rank_sums(cells: Any, ptr: NDArray[np.int64], control: Any) -> tuple[RankSum
     `cells` [n, G] and `control` [m, G] are finite, dense or CSR, rows of `cells` sorted by group, group i in rows
     `ptr[i]:ptr[i+1]`. As many threads as PyTorch uses. Memory: a copy of the values that are not zero.
     """
-    import torch
-
-    most = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    set_num_threads(max(1, min(torch.get_num_threads(), most)))
+    use_threads_of_torch()
     groups = by_gene(cells, ptr)
     controls = by_gene(control, np.array([0, control.shape[0]]))
     shape = len(ptr) - 1, cells.shape[1]
@@ -65,6 +62,23 @@ def rank_sums(cells: Any, ptr: NDArray[np.int64], control: Any) -> tuple[RankSum
     moments = Moments(*(np.empty(shape[1]) for _ in Moments._fields))
     _rank(*groups, np.diff(ptr), *controls, control.shape[0], *sums, *moments)
     return sums, moments
+
+
+def canonical(matrix: Any) -> Any:
+    """A sparse matrix as CSR with each entry stored once; what is given stays as it is."""
+    csr = matrix.tocsr()
+    if not csr.has_canonical_format:
+        csr = csr.copy()
+        csr.sum_duplicates()
+    return csr
+
+
+def use_threads_of_torch() -> None:
+    """Let Numba's kernels run on as many threads as PyTorch's."""
+    import torch
+
+    most = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    set_num_threads(max(1, min(torch.get_num_threads(), most)))
 
 
 def by_gene(matrix: Any, ptr: NDArray[np.int64]) -> Columns:
@@ -75,10 +89,7 @@ def by_gene(matrix: Any, ptr: NDArray[np.int64]) -> Columns:
     if matrix.dtype not in (np.float32, np.float64):
         matrix = matrix.astype(np.float64)
     if sparse.issparse(matrix):
-        csr = matrix.tocsr()
-        if not csr.has_canonical_format:
-            csr = csr.copy()
-            csr.sum_duplicates()
+        csr = canonical(matrix)
         stored: tuple[Any, ...] = csr.indptr, csr.indices, csr.data
         count, fill = _count_csr, _fill_csr
     else:
