@@ -9,7 +9,9 @@ from __future__ import annotations
 from perturbcore.kernels.common.numba_cpu import inner
 from perturbcore.kernels.common.vector_numba_cpu import add, add_scaled, load, store, tail
 from perturbcore.kernels.transport.wasserstein_vector_numba_cpu import (
+    AHEAD,
     absolute,
+    fetch,
     multiply,
     power,
     scaled,
@@ -63,6 +65,7 @@ def integrate(x, x_run, n, y, y_at, y_run, m, p, sloped, pull):
         if not zero_x:
             a = load(blank, x, i if i < x_run.end else i - x_run.gap, 0)
         if not zero_y:
+            fetch(y, j + AHEAD, y_at)
             b = load(blank, y, j if j < y_run.end else j - y_run.gap, y_at)
         difference = subtract(a, b)
         block = add_scaled(block, weight, _cost(difference, p))

@@ -20,8 +20,10 @@ from perturbcore.kernels.common.numba_cpu import LINE, inner
 from perturbcore.kernels.common.vector_numba_cpu import load, store, tail
 from perturbcore.kernels.transport.wasserstein_network_numba_cpu import padded, sort_keys
 from perturbcore.kernels.transport.wasserstein_vector_numba_cpu import (
+    AHEAD,
     count_negative,
     count_positive,
+    fetch,
     keys_of,
     largest,
     no_keys,
@@ -65,6 +67,7 @@ def _read(x, first, count, at, keys):
     """Fill ``keys`` with rows of a block of genes; return how many negative and positive values a gene has at most."""
     negative, positive = no_keys(tail(x)), no_keys(tail(x))
     for i in range(count):
+        fetch(x, first + i + AHEAD, at)
         row = keys_of(load(tail(x), x, first + i, at))
         store(row, keys, i, 0)
         negative, positive = count_negative(negative, row), count_positive(positive, row)

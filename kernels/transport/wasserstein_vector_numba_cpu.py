@@ -11,6 +11,8 @@ from numba.extending import intrinsic
 
 from perturbcore.kernels.common.vector_numba_cpu import Vector, spread
 
+AHEAD = 32  # rows to ``fetch`` before they are needed: they lie pages apart, where no hardware looks ahead
+
 
 def _integers(vector: Vector) -> Vector:
     return Vector(types.Integer.from_bitwidth(vector.dtype.bitwidth, signed=True), 64, False)
@@ -62,6 +64,32 @@ def no_keys(typingctx, like):
         return _alike(context.get_value_type(keys), 0)
 
     return keys(like), codegen
+
+
+@intrinsic
+def fetch(typingctx, array, row, at):
+    """Bring 64 bytes from ``array[row, at]`` on towards the first cache; any place is harmless."""
+
+    def codegen(context, builder, signature, arguments):
+        struct, word, byte = context.make_array(array)(context, builder, arguments[0]), ir.IntType(64), ir.IntType(8)
+        row, at = (
+            context.cast(builder, t, k, types.int64) for t, k in zip(arguments[1:], (row_type, at_type), strict=True)
+        )
+        start = builder.add(
+            builder.ptrtoint(struct.data, word), builder.mul(row, builder.extract_value(struct.strides, 0))
+        )
+        start = builder.add(start, builder.mul(at, word(array.dtype.bitwidth // 8)))
+        flag, pointer = ir.IntType(32), byte.as_pointer()
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, *[flag] * 3])
+        )
+        for offset in (0, 63):  # they may lie on two lines
+            address = builder.inttoptr(builder.add(start, word(offset)), pointer)
+            builder.call(function, [address, flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    row_type, at_type = row, at
+    return types.void(array, row, at), codegen
 
 
 def _counter(relation: str) -> Any:
