@@ -87,6 +87,37 @@ def test_the_ceiling_is_high_where_cells_respond_and_is_not_the_prediction(scree
     pd.testing.assert_frame_equal(apart, other)
 
 
+def thinned(screen, **kept: int) -> Screen:
+    """The screen with only the first few cells of some labels."""
+    labels = screen.adata.obs["perturbation"]
+    order = labels.groupby(labels, observed=True).cumcount()
+    return screen.subset(np.flatnonzero(order < [kept.get(label, len(labels)) for label in labels]))
+
+
+def test_the_ceiling_leaves_out_what_has_no_two_halves(screen):
+    predicted = {"m": prediction(screen, RESPONSE.get)}
+    several = evaluate(thinned(screen, A=1), predicted)
+    assert len(several.conditions) == 5
+    ceiling = several.ceiling.set_index("metric")
+    for metric in ("mse", "discrimination_score_l1", "variance_ratio", "effective_rank", "skill_over_mean"):
+        assert ceiling.loc[metric, "n"] == (0 if metric == "skill_over_mean" else 4), metric
+    others = [condition(name) for name in "BCDE"]
+    without = evaluate(screen, predicted, conditions=others).ceiling.set_index("metric")
+    assert ceiling.loc["mse", "mean"] == pytest.approx(without.loc["mse", "mean"], rel=0.3)
+    for few in ({"control": 1}, dict.fromkeys(RESPONSE, 1)):
+        scores = evaluate(thinned(screen, **few), predicted)
+        assert scores.ceiling.empty
+        assert np.isfinite(scores.get("m", "mse")["mean"])
+
+
+def test_what_was_measured_and_not_predicted_is_said(screen):
+    some = prediction(screen, RESPONSE.get)
+    some = some[some.obs["perturbation"].isin(["A", "B", "C"])].copy()
+    said = "Measured but not predicted, and not scored: all::D, all::E."
+    assert said in evaluate(screen, {"m": some}).notes
+    assert said not in evaluate(screen, {"m": some}, conditions=[condition("A")]).notes
+
+
 def test_which_controls_are_subtracted_is_a_choice_that_is_said(screen):
     raised = prediction(screen, RESPONSE.get)
     control = write(

@@ -287,7 +287,7 @@ def test_impossible_questions_are_refused(screen, split, predictions):
         evaluate(screen, {}, split)
     with pytest.raises(DataError, match="another name"):
         evaluate(screen, {"real": predictions["good"]}, split)
-    with pytest.raises(DataError, match="not measured in the screen"):
+    with pytest.raises(DataError, match="Not measured in the screen: line1::NOPE"):
         evaluate(screen, predictions, conditions=[Condition("line1", Perturbation(("NOPE",)))])
     with pytest.raises(DataError, match="no condition to score"):
         evaluate(screen, predictions, conditions=[])

@@ -191,9 +191,12 @@ def evaluate(
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise DataError(f"'{path}' cannot be read as AnnData: {str(error).splitlines()[0]}.") from error
     made = None if split is None else make_split(split, screen, context=context, seed=seed)
+    measured_genes = screen.num_genes
     screen = _on_scale_of(next(iter(predicted.values())), screen, target_sum)
     baselines, lacking = ({}, {}) if made is None else _baselines(screen, made, embedding, seed, set(predicted))
     scores = score(screen, predicted | baselines, made, control=predicted_control, seed=seed)  # type: ignore[arg-type]
+    if screen.num_genes < measured_genes:
+        scores.notes.insert(0, f"Scored on {screen.num_genes:,} of {measured_genes:,} genes, those predicted.")
     if out is not None:
         os.makedirs(out, exist_ok=True)
         write_scores(out, scores, scores.comparisons())
@@ -252,4 +255,5 @@ def _on_scale_of(prediction: AnnData, screen: Screen, target_sum: str | None) ->
             )
         screen = screen.normalise(said or ("median" if target_sum == "median" else _number(str(target_sum))))
     genes = set(prediction.var_names)
-    return screen.select_genes([g for g in screen.genes if g in genes]) if genes < set(screen.genes) else screen
+    fewer = genes and genes < set(screen.genes)
+    return screen.select_genes([g for g in screen.genes if g in genes]) if fewer else screen

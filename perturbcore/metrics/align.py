@@ -115,9 +115,12 @@ def conditions_to_judge(
     measured = set(real.conditions)
     if asked is None and split is None and not conditions & measured:
         shown = listed(sorted(conditions), NAMED), listed(real.conditions, NAMED)
-        raise DataError(f"No predicted condition was measured: predicted are {shown[0]}; measured are {shown[1]}.")
+        raise DataError(
+            f"No predicted condition was measured: predicted are {shown[0]}; measured are {shown[1]}. Spell the labels "
+            "of both alike, or name the columns that hold them."
+        )
     if unknown := sorted(conditions - measured):
-        raise DataError(f"{listed(unknown, NAMED)} cannot be scored: not measured in the screen.")
+        raise DataError(f"Not measured in the screen: {listed(unknown, NAMED)}. Leave out what cannot be scored.")
     if bare := sorted({c.context for c in conditions if not len(real.controls(c.context))}):
         raise DataError(f"No response can be measured in {listed(bare, NAMED)}: no control cells there.")
     for name, screen in predicted.items():
@@ -134,5 +137,8 @@ def _gene_columns(name: str, genes: NDArray[np.str_], wanted: NDArray[np.str_]) 
     extra = sorted(column.keys() - set(wanted))
     if missing or extra:
         parts = [f"lacks {listed(missing, NAMED)}"] * bool(missing) + [f"adds {listed(extra, NAMED)}"] * bool(extra)
-        raise DataError(f"Prediction {name!r} has other genes than the screen: it {' and '.join(parts)}.")
+        raise DataError(
+            f"Prediction {name!r} has other genes than the screen: it {' and '.join(parts)}. Give both the same genes, "
+            "by the same names."
+        )
     return np.array([column[gene] for gene in wanted], dtype=np.int64)

@@ -9,7 +9,8 @@ import numpy as np
 from scipy import sparse
 
 from perturbcore.data import Condition, DataError, Screen, Split
-from perturbcore.metrics.align import align, conditions_to_judge
+from perturbcore.data.errors import listed
+from perturbcore.metrics.align import NAMED, align, conditions_to_judge
 from perturbcore.metrics.comparison import CellDistances, Comparison, Values
 from perturbcore.metrics.de import Matrix
 from perturbcore.metrics.populations import Population, control_halves
@@ -42,7 +43,8 @@ def evaluate(
     The conditions are `conditions`, else the test part of the split, else all that were predicted. The split also gives
     the mean training response; without it the metrics that need it are NaN. Values that cannot be computed are NaN and
     left out of the means, whose `n` counts the rest. `Scores.ceiling` scores one half of the measured cells against the
-    other; `Scores.responding` holds the scores over conditions with at least 5 measured DE genes.
+    other, where a condition and its controls have two each; `Scores.responding` holds the scores over conditions with
+    at least 5 measured DE genes.
 
     Intervals are 95 % percentile bootstrap over conditions (1,000 resamples from `seed`, the same for all models).
 
@@ -71,6 +73,8 @@ def evaluate(
     judged = conditions_to_judge(real, predicted, split, conditions)
     train_mean = _training_means(real, split, judged) if split is not None else {}
     notes = [note for _, notes in aligned.values() for note in notes]
+    if split is None and conditions is None and (missed := sorted(set(real.conditions) - set(judged))):
+        notes.append(f"Measured but not predicted, and not scored: {listed(missed, NAMED)}.")
     notes += _control_notes(predicted, judged, control)
     compared: dict[str, list[Comparison]] = {name: [] for name in predicted}
     ceiling: list[Comparison] = []
@@ -88,11 +92,26 @@ def evaluate(
         mean = train_mean.get(context)
         for name, population in populations.items():
             compared[name].append(_compare(chosen, real, measured, population, halves, distances[name], mean))
-        first, second = measured.halves(seed)
-        (apart,) = cell_distances(first, {"": second}, space, seed).values()
-        own_halves = np.stack([second.contrast.control_mean, first.contrast.control_mean])[None]
-        ceiling.append(_compare(chosen, real, first, second, own_halves, apart, mean))
+        ceiling += _halves_compared(chosen, real, measured, space, mean, seed)
     return score(compared, ceiling, spaces=spaces, notes=notes, seed=seed)
+
+
+def _halves_compared(
+    conditions: list[Condition],
+    screen: Screen,
+    measured: Population,
+    space: Space,
+    train_delta_mean: Values | None,
+    seed: int,
+) -> list[Comparison]:
+    """One half of a context's measured cells and controls against the other; nothing where there are no two halves."""
+    first, second = measured.halves(seed)
+    if not len(first) or not first.control.shape[0]:
+        return []
+    halved = [condition for condition in conditions if len(screen.cells(condition)) > 1]
+    (distances,) = cell_distances(first, {"": second}, space, seed).values()
+    halves = np.stack([second.contrast.control_mean, first.contrast.control_mean])[None]
+    return [_compare(halved, screen, first, second, halves, distances, train_delta_mean)]
 
 
 def _compare(

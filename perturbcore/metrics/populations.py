@@ -61,20 +61,17 @@ class Population:
     def halves(self, seed: int) -> tuple[Population, Population]:
         """Cut the cells of every condition, and the controls, at random into two halves of equal size.
 
-        An odd cell is left out of both; a condition of one cell has none in either.
+        An odd cell is left out of both, and a condition of one cell altogether.
         """
         random = np.random.default_rng(seed)
-        rows = [_halve(np.arange(a, b), random) for a, b in pairwise(self.ptr)]
+        rows = [_halve(np.arange(a, b), random) for a, b in pairwise(self.ptr) if b - a > 1]
         controls = _halve(np.arange(self.control.shape[0]), random)
-        first, second = (
-            Population(
-                self.cells[np.concatenate(chosen)],
-                _pointers(chosen),
-                self.control[control],
-            )
-            for chosen, control in zip(zip(*rows, strict=True), controls, strict=True)
-        )
-        return first, second
+
+        def half(side: int) -> Population:
+            cells = [np.empty(0, np.int64), *(cut[side] for cut in rows)]
+            return Population(self.cells[np.concatenate(cells)], _pointers(cells[1:]), self.control[controls[side]])
+
+        return half(0), half(1)
 
 
 def control_halves(control: Matrix, seed: int) -> Values | None:

@@ -41,8 +41,8 @@ def score(
     """Apply every registered metric to the comparisons of each model, one per context, and draw the intervals.
 
     All models must be compared on the same contexts and perturbations, in the same order; ``ceiling`` compares one half
-    of the measured cells with the other. A metric of all perturbations together is computed per context and averaged by
-    number of perturbations.
+    of the measured cells with the other, of those that have two. A metric of all perturbations together is computed per
+    context and averaged by number of perturbations.
     """
     first = next(iter(compared.values()))
     conditions = tuple(Condition(c.context, perturbation) for c in first for perturbation in c.perturbations)
@@ -58,7 +58,7 @@ def score(
         per_perturbation=pd.concat(detail, ignore_index=True),
         scores=pd.DataFrame(summary, columns=COLUMNS),
         responding=pd.DataFrame(apart, columns=COLUMNS),
-        ceiling=_ceiling(ceiling, everything, seed),
+        ceiling=_ceiling(ceiling, seed),
         deltas={MEASURED: np.concatenate([c.delta_real for c in first])}
         | {model: np.concatenate([c.delta_pred for c in comparisons]) for model, comparisons in compared.items()},
         by_gene=_by_gene(compared),
@@ -121,10 +121,11 @@ def _over_contexts(metric: Metric, comparisons: Sequence[Comparison], weights: V
     return weighted_mean(values, sizes), int(sizes[0, np.isfinite(values[0])].sum())
 
 
-def _ceiling(comparisons: Sequence[Comparison], among: NDArray[np.bool_], seed: int) -> pd.DataFrame:
+def _ceiling(comparisons: Sequence[Comparison], seed: int) -> pd.DataFrame:
     table = pd.DataFrame(columns=[*COLUMNS[1:], "full_depth"])
     if comparisons:
-        rows = _summarise("", comparisons, _per_perturbation(comparisons), among, seed)
+        everything = np.ones(sum(c.num_perturbations for c in comparisons), bool)
+        rows = _summarise("", comparisons, _per_perturbation(comparisons), everything, seed)
         table = pd.DataFrame(rows, columns=COLUMNS).drop(columns="model")
         half = table["mean"].where([METRICS[name].is_correlation for name in table["metric"]])
         table["full_depth"] = (2 * half / (1 + half)).where(half > 0)

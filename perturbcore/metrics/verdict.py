@@ -73,8 +73,8 @@ def _collapse(scores: Scores, model: str) -> list[str]:
             f"In squared error it is {words} the mean training response "
             f"(skill {skill['mean']:+.3f}{_range(skill.ci_low, skill.ci_high)})."
         )
-    compared = Counter(condition.context for condition in scores.conditions)
-    chance = 0.5 + 0.5 * len(compared) / compared.total()  # mean over conditions of 1/2 + 1/(2P), P per context
+    compared = [n for n in Counter(condition.context for condition in scores.conditions).values() if n > 1]
+    chance = 0.5 + 0.5 * len(compared) / max(sum(compared), 1)  # mean over conditions of 1/2 + 1/(2P), P per context
     if np.isfinite(discrimination["mean"]) and not discrimination.ci_low > chance:
         sentences.append("It does not tell perturbations apart clearly better than chance.")
     if np.isfinite(variance["mean"]):
