@@ -7,6 +7,7 @@ principal components of the context's measured cells (`Space`), the distances by
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,38 +76,42 @@ def cell_distances(
     places = {name: space.place(population.cells) for name, population in predicted.items()}
     measured = space.place(real.cells)
     rows: dict[str, list[_Row]] = {name: [] for name in predicted}
-    for i in range(len(real)):
-        ours = measured[real.ptr[i] : real.ptr[i + 1]]
-        cells = ops.presort(torch.from_numpy(real.dense(i)))
-        for name, population in predicted.items():
-            theirs = places[name][population.ptr[i] : population.ptr[i + 1]]
-            by_gene = torch.from_numpy(population.dense(i))
-            w1_gene, w2_squared_gene = (ops.wasserstein_1d(by_gene, cells, p).double().numpy() for p in (1, 2))
-            rows[name].append(_Row(*_joint(theirs, ours, seed), w1_gene, w2_squared_gene))
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # for plans, whose solvers know but one thread
+        for i in range(len(real)):
+            y = measured[real.ptr[i] : real.ptr[i + 1]]
+            cells = ops.presort(torch.from_numpy(real.dense(i)))
+            for name, population in predicted.items():
+                x = places[name][population.ptr[i] : population.ptr[i + 1]]
+                plans = [threads.submit(_least_cost, x, y, p, seed) for p in (1, 2)]
+                by_gene = torch.from_numpy(population.dense(i))
+                apart = [ops.wasserstein_1d(by_gene, cells, p).double().numpy() for p in (1, 2)]
+                rows[name].append(_Row(*plans, *_between(x, y), *apart))
     return {name: _stacked(of) for name, of in rows.items()}
 
 
 class _Row(NamedTuple):
-    w1: float
-    w2_squared: float
+    w1: Future[float]
+    w2_squared: Future[float]
     energy: float
     mse: float
     w1_gene: Values  # [G]
     w2_gene_squared: Values  # [G]
 
 
-def _joint(x: NDArray[np.float32], y: NDArray[np.float32], seed: int) -> tuple[float, float, float, float]:
-    """W1, W2², energy distance and mean squared difference of the means of x [n, K] and y [m, K]; NaN without cells."""
+def _least_cost(x: NDArray[np.float32], y: NDArray[np.float32], p: int, seed: int) -> float:
+    """W_p^p of cells x [n, K] and y [m, K], of at most 512 drawn of each; NaN without cells or coordinates."""
     if not len(x) or not len(y) or not x.shape[1]:
-        return (np.nan,) * 4
-    some_x, some_y = (torch.from_numpy(_draw(z, MAX_CELLS, seed))[None] for z in (x, y))
-    all_x, all_y = (torch.from_numpy(z)[None] for z in (x, y))
-    return (
-        ops.emd(some_x, some_y, p=1).item(),
-        ops.emd(some_x, some_y, p=2).item(),
-        ops.energy_distance(all_x, all_y).item(),
-        float(np.square(x.mean(axis=0, dtype=np.float64) - y.mean(axis=0, dtype=np.float64)).mean()),
-    )
+        return np.nan
+    x, y = (torch.from_numpy(_draw(z, MAX_CELLS, seed))[None] for z in (x, y))
+    return ops.emd(x, y, p).item()
+
+
+def _between(x: NDArray[np.float32], y: NDArray[np.float32]) -> tuple[float, float]:
+    """Energy distance and mean squared difference of the means of cells x [n, K] and y [m, K]; NaN without either."""
+    if not len(x) or not len(y) or not x.shape[1]:
+        return np.nan, np.nan
+    energy = ops.energy_distance(torch.from_numpy(x)[None], torch.from_numpy(y)[None]).item()
+    return energy, float(np.square(x.mean(axis=0, dtype=np.float64) - y.mean(axis=0, dtype=np.float64)).mean())
 
 
 def _draw(cells: Matrix, most: int, seed: int) -> Matrix:
@@ -116,8 +121,17 @@ def _draw(cells: Matrix, most: int, seed: int) -> Matrix:
 
 
 def _stacked(rows: Sequence[_Row]) -> CellDistances:
-    w1, w2_squared, energy, mse, w1_gene, w2_gene_squared = (np.array(column) for column in zip(*rows, strict=True))
-    return CellDistances(w1, np.sqrt(w2_squared), energy, mse, w1_gene, np.sqrt(w2_gene_squared))
+    def column(read: Callable[[_Row], float | Values]) -> Values:
+        return np.array([read(row) for row in rows])
+
+    return CellDistances(
+        w1=column(lambda row: row.w1.result()),
+        w2=np.sqrt(column(lambda row: row.w2_squared.result())),
+        energy=column(lambda row: row.energy),
+        mse=column(lambda row: row.mse),
+        w1_gene=column(lambda row: row.w1_gene),
+        w2_gene=np.sqrt(column(lambda row: row.w2_gene_squared)),
+    )
 
 
 @register(best=0, low=0, high=INFINITY)
