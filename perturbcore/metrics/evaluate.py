@@ -93,8 +93,9 @@ def evaluate(
         mean = train_mean.get(context)
         for name, population in populations.items():
             comparison = _compare(chosen, real, measured, population, halves, distances[name], mean)
-            apart = {"edistance_real": measured.edistance, "edistance_pred": population.edistance}
-            compared[name].append(replace(comparison, **apart))
+            compared[name].append(
+                replace(comparison, edistance_real=measured.edistance, edistance_pred=population.edistance)
+            )
         ceiling += _halves_compared(chosen, real, measured, space, mean, seed)
     return score(compared, ceiling, spaces=spaces, notes=notes, seed=seed)
 

@@ -82,10 +82,10 @@ def cell_distances(
             cells = ops.presort(torch.from_numpy(real.dense(i)))
             for name, population in predicted.items():
                 x = places[name][population.ptr[i] : population.ptr[i + 1]]
-                plans = [threads.submit(_least_cost, x, y, p, seed) for p in (1, 2)]
+                w1, w2_squared = (threads.submit(_least_cost, x, y, p, seed) for p in (1, 2))
                 by_gene = torch.from_numpy(population.dense(i))
-                apart = [ops.wasserstein_1d(by_gene, cells, p).double().numpy() for p in (1, 2)]
-                rows[name].append(_Row(*plans, *_between(x, y), *apart))
+                w1_gene, w2_gene_squared = (ops.wasserstein_1d(by_gene, cells, p).double().numpy() for p in (1, 2))
+                rows[name].append(_Row(w1, w2_squared, *_between(x, y), w1_gene, w2_gene_squared))
     return {name: _stacked(of) for name, of in rows.items()}
 
 
@@ -102,8 +102,8 @@ def _least_cost(x: NDArray[np.float32], y: NDArray[np.float32], p: int, seed: in
     """W_p^p of cells x [n, K] and y [m, K], of at most 512 drawn of each; NaN without cells or coordinates."""
     if not len(x) or not len(y) or not x.shape[1]:
         return np.nan
-    x, y = (torch.from_numpy(_draw(z, MAX_CELLS, seed))[None] for z in (x, y))
-    return ops.emd(x, y, p).item()
+    drawn = (torch.from_numpy(_draw(cells, MAX_CELLS, seed))[None] for cells in (x, y))
+    return ops.emd(*drawn, p=p).item()
 
 
 def _between(x: NDArray[np.float32], y: NDArray[np.float32]) -> tuple[float, float]:
