@@ -9,8 +9,8 @@ from pathlib import Path
 
 import anndata
 import numpy as np
-import pandas as pd
 import pytest
+from commands import failure
 from simulated import Files, write_files
 
 from perturbcore.cli import main
@@ -60,17 +60,6 @@ def changed(files: Files, folder: Path, change: str) -> Path:
     path = folder / "changed.h5ad"
     adata.write_h5ad(path)
     return path
-
-
-def failure(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 1) -> str:
-    """Run a command that must fail, and return its one or two lines on stderr."""
-    capsys.readouterr()
-    assert main(arguments) == code
-    said = capsys.readouterr().err.strip()
-    assert "Traceback" not in said
-    assert said.startswith("error: ")
-    assert 1 <= len(said.splitlines()) <= 2
-    return said
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS, "bench"])
@@ -368,37 +357,6 @@ def test_evaluate_repeats_the_scores_of_compare(run: Path, files: Files, capsys:
     beside = (("additive", "pearson_delta_disjoint"), ("control_mean", "mae"))  # fitted by evaluate itself
     for key in (("ridge", "pearson_delta"), ("adapert", "mae_delta"), ("adapert", "variance_ratio"), *beside):
         assert scores[key] == pytest.approx(expected[key], rel=1e-4)
-
-
-def test_evaluate_reads_files_of_other_programs(
-    run: Path, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ours = anndata.read_h5ad(run / "pred_ridge.h5ad")
-    obs = ours.obs.rename(columns={"perturbation": "target_gene"})[["target_gene"]].astype(str)
-    theirs = anndata.AnnData(ours.X, obs=obs.replace("control", "non-targeting"), var=ours.var)
-    theirs.uns["log1p"] = {}
-    theirs.write_h5ad(tmp_path / "state.h5ad")
-    command = ["evaluate", str(files.screen), str(tmp_path / "state.h5ad")]
-    assert "--target-sum" in failure(capsys, command)
-    assert "it is a number, or median" in failure(capsys, [*command, "--target-sum", "many"], code=2)
-    asked = [*command, "--target-sum", str(ours.uns["perturbcore"]["scale"]["target_sum"]), "--out"]
-    assert main([*asked, str(tmp_path / "scores"), "--cell-eval", str(tmp_path / "files")]) == 0
-    said = capsys.readouterr().out
-    assert "perturbation of its cells taken from its obs column 'target_gene'" in said
-    assert "cells labelled 'non-targeting' taken as 'control'" in said
-    assert "cell-eval run -ar" in said
-    assert (tmp_path / "files" / "pred.h5ad").exists()
-    table = pd.read_csv(tmp_path / "scores" / "scores.csv").set_index("metric")["mean"]
-    written = pd.read_csv(run / "scores.csv").set_index(["model", "metric"])["mean"]
-    for metric in ("pearson_delta_disjoint", "w1", "overlap_at_N"):
-        assert table[metric] == pytest.approx(written["ridge", metric], rel=1e-4)
-
-
-def test_evaluate_says_what_it_cannot_do(run: Path, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
-    ridge = str(run / "pred_ridge.h5ad")
-    assert "two predictions are named 'ridge'" in failure(capsys, ["evaluate", str(files.screen), ridge, ridge]).lower()
-    which = failure(capsys, ["evaluate", str(files.screen), ridge, "--predicted-control", "mine"], code=2)
-    assert "it is own or measured" in which
 
 
 def test_the_command_itself_says_errors_on_stderr_alone(files: Files, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_the_ceiling_is_high_where_cells_respond_and_is_not_the_prediction(scree
     assert r["mean"] > 0.95
     assert r["full_depth"] == pytest.approx(2 * r["mean"] / (1 + r["mean"]))
     assert np.isnan(apart.set_index("metric").loc["mse", "full_depth"])
+    assert apart.set_index("metric").loc["pearson_delta", "mean"] == pytest.approx(r["mean"])  # a half has its controls
     other = evaluate(screen, {"x": prediction(screen, lambda _: 5.0)}, conditions=[condition("A")]).ceiling
     pd.testing.assert_frame_equal(apart, other)
 
