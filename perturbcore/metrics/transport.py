@@ -102,8 +102,8 @@ def _least_cost(x: NDArray[np.float32], y: NDArray[np.float32], p: int, seed: in
     """W_p^p of cells x [n, K] and y [m, K], of at most 512 drawn of each; NaN without cells or coordinates."""
     if not len(x) or not len(y) or not x.shape[1]:
         return np.nan
-    drawn = (torch.from_numpy(_draw(cells, MAX_CELLS, seed))[None] for cells in (x, y))
-    return ops.emd(*drawn, p=p).item()
+    predicted, measured = (torch.from_numpy(_draw(cells, MAX_CELLS, seed))[None] for cells in (x, y))
+    return ops.emd(predicted, measured, p).item()
 
 
 def _between(x: NDArray[np.float32], y: NDArray[np.float32]) -> tuple[float, float]:
