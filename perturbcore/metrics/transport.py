@@ -25,7 +25,7 @@ from perturbcore.metrics.populations import Population
 from perturbcore.metrics.registry import register
 
 COMPONENTS = 50
-SMALLEST_VARIANCE = 1e-7  # of the largest; float32 tells no smaller one from none
+SMALLEST_VARIANCE = 1e-6  # of the largest; float32 tells no smaller one from none
 FITTED_CELLS = 5000
 MAX_CELLS = 512  # of either side in an exact joint transport plan; more are drawn down to as many
 
@@ -53,7 +53,7 @@ class Space:
             return cls(mean, np.empty((0, genes), np.float32))
         centred = dense - mean
         by_gene = genes <= count
-        gram = (centred.T @ centred if by_gene else centred @ centred.T).astype(np.float64)
+        gram = centred.T @ centred if by_gene else centred @ centred.T
         size = len(gram)
         variance, vectors = eigh(gram, subset_by_index=(size - rank, size - 1), overwrite_a=True)
         varied = variance > SMALLEST_VARIANCE * max(variance[-1], np.finfo(np.float32).tiny)
