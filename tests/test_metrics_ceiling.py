@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +13,7 @@ from scipy import sparse, stats
 from perturbcore.data import Condition, DataError, Perturbation, Scale, Screen
 from perturbcore.data import predictions as write
 from perturbcore.metrics import METRICS, evaluate
-from perturbcore.metrics.scores import MIN_DE_GENES
+from perturbcore.metrics.scores import MIN_DE_GENES, draw_weights, interval
 
 GENES = 40
 RESPONSE = {"A": 1.5, "B": -0.7, "C": 1.0, "D": 0.0, "E": 0.0}  # what a quarter of the genes do; D and E do nothing
@@ -84,6 +86,7 @@ def test_the_ceiling_is_high_where_cells_respond_and_is_not_the_prediction(scree
     assert r["full_depth"] == pytest.approx(2 * r["mean"] / (1 + r["mean"]))
     assert np.isnan(apart.set_index("metric").loc["mse", "full_depth"])
     assert apart.set_index("metric").loc["pearson_delta", "mean"] == pytest.approx(r["mean"])  # a half has its controls
+    assert apart.set_index("metric").loc["w1_gene", "mean"] > 0.05
     other = evaluate(screen, {"x": prediction(screen, lambda _: 5.0)}, conditions=[condition("A")]).ceiling
     pd.testing.assert_frame_equal(apart, other)
 
@@ -102,6 +105,7 @@ def test_the_ceiling_leaves_out_what_has_no_two_halves(screen):
     ceiling = several.ceiling.set_index("metric")
     for metric in ("mse", "discrimination_score_l1", "variance_ratio", "effective_rank", "skill_over_mean"):
         assert ceiling.loc[metric, "n"] == (0 if metric == "skill_over_mean" else 4), metric
+    assert (evaluate(thinned(screen, A=2), predicted).ceiling.set_index("metric")["n"]["mse"]) == 5
     others = [condition(name) for name in "BCDE"]
     without = evaluate(screen, predicted, conditions=others).ceiling.set_index("metric")
     assert ceiling.loc["mse", "mean"] == pytest.approx(without.loc["mse", "mean"], rel=0.3)
@@ -198,9 +202,28 @@ def test_paired_tests_are_corrected_over_all_rows(scores):
     assert single.fdr.item() == single.p_value.item()
 
 
-def test_genes_of_every_condition_are_kept(scores):
+def test_a_difference_is_taken_where_both_models_have_a_value(scores):
+    table = scores.per_perturbation.copy()
+    one = table.index[(table.model == "right") & (table.metric == "mse_delta")]
+    table.loc[one[1], "value"] = np.nan
+    paired = replace(scores, per_perturbation=table).paired("right", "mean", "mse_delta")
+    both = np.array([0, 2, 3, 4])
+    difference = (scores.values("right", "mse_delta") - scores.values("mean", "mse_delta"))[both]
+    drawn = draw_weights(5, scores.seed)[:, both]
+    assert paired.n == 4
+    assert paired.difference == pytest.approx(difference.mean())
+    values = (scores.values(model, "mse_delta")[both] for model in ("right", "mean"))
+    assert paired.p_mannwhitney == pytest.approx(stats.mannwhitneyu(*values, method="asymptotic").pvalue)
+    assert (paired.ci_low, paired.ci_high) == pytest.approx(interval(drawn @ difference / drawn.sum(axis=1)))
+
+
+def test_genes_of_every_condition_are_kept(screen, scores):
     real, right = scores.by_gene["real"], scores.by_gene["right"]
     assert real.w1 is None
     assert real.fdr.shape == right.w1.shape == (5, GENES)
     np.testing.assert_allclose(right.w1.mean(axis=1), scores.values("right", "w1_gene"))
+    measured, control = (
+        screen.dense(rows).mean(0, dtype=float) for rows in (screen.cells(condition("A")), screen.controls("all"))
+    )
+    np.testing.assert_allclose(real.log2_fold_change[0], np.log2(np.expm1(measured) / np.expm1(control)), atol=1e-6)
     np.testing.assert_array_equal((real.fdr < 0.05).sum(axis=1), scores.values("right", "de_nsig_counts_real"))

@@ -14,8 +14,10 @@ from scipy import sparse, stats
 
 from perturbcore.data import Condition, DataError, Perturbation, Scale, Screen, read, simulate, unseen_perturbation
 from perturbcore.data import predictions as write
-from perturbcore.metrics import METRICS, evaluate
+from perturbcore.metrics import METRICS, edistance, evaluate
 from perturbcore.metrics.scores import draw_weights, interval, weighted_mean
+from perturbcore.metrics.transport import Space
+from perturbcore.metrics.verdict import HEADLINES
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,27 @@ def test_values_are_those_of_the_definitions(screen, split, predictions, scores)
         p_value = stats.mannwhitneyu(real, control, method="asymptotic", axis=0).pvalue
         n_significant = (stats.false_discovery_control(p_value) < 0.05).sum()
         assert scores.values("good", "de_nsig_counts_real")[row] == n_significant
+
+
+def test_populations_are_compared_whole(screen, split, predictions, scores):
+    """Principal components of measured cells and controls; energy distances of either side from its controls."""
+    correlations = []
+    for context in screen.contexts:
+        chosen = [condition for condition in split.test if condition.context == context]
+        control = screen.dense(screen.controls(context))
+        real = [screen.dense(screen.cells(condition)) for condition in chosen]
+        np.testing.assert_array_equal(
+            scores.spaces[context].components, Space.fit(np.concatenate([*real, control])).components
+        )
+        pred = predictions["good"][predictions["good"].obs[screen.context_key] == context]
+        pred = [pred[pred.obs[screen.perturbation_key] == screen.label(c.perturbation)].X for c in chosen]
+        sides = [edistance(np.concatenate(x), np.cumsum([0, *map(len, x)]), control) for x in (real, pred)]
+        correlations.append(np.corrcoef(*sides)[0, 1])
+    for model, prediction in predictions.items():  # of the last condition
+        cells = prediction[(prediction.obs == prediction.obs.iloc[-1]).all(axis=1)].X
+        apart = [stats.wasserstein_distance(*of_gene) for of_gene in zip(cells.T, real[-1].T, strict=True)]
+        assert scores.values(model, "w1_gene")[-1] == pytest.approx(np.mean(apart), abs=1e-5)
+    assert scores.get("good", "pearson_edistance")["mean"] == pytest.approx(np.mean(correlations), abs=1e-4)
 
 
 @pytest.mark.parametrize("trained", [("line1", "line2"), ("line1",)])
@@ -237,6 +260,12 @@ def test_verdict_says_what_the_numbers_say(scores):
     assert "collapses towards one response for all" in mean
     with pytest.raises(KeyError, match="no score of 'unknown'"):
         scores.verdict("unknown")
+
+
+def test_more_is_better_on_the_headline_metrics():
+    assert all(METRICS[name].higher_is_better for name in HEADLINES)
+    assert METRICS["mae"].higher_is_better is False
+    assert METRICS["variance_ratio"].higher_is_better is None
 
 
 def test_a_worse_model_is_called_worse(screen, split, predictions):

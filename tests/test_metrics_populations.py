@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import ot
 import pytest
-from comparisons import compare, random_comparison, value
+from comparisons import compare, random_comparison, table, value
 from scipy import sparse, stats
 
 from perturbcore.metrics import differential_expression
@@ -94,11 +94,16 @@ def test_shared_controls_correlate_by_themselves_and_disjoint_halves_do_not():
 def test_disjoint_scores_by_hand():
     comparison = compare([[0.0, 1, 2, 3]], [[1.0, 1, 2, 0]])
     halves = np.array([[[2.0, 2, 3, 2], [1, 1, 1, 0]], [[2, 1, 2, 2], [1, 1, 0, 1]]])
-    comparison = replace(comparison, control_halves=halves)
-    expected = np.mean(
-        [np.corrcoef(comparison.pred[0] - half[0], comparison.real[0] - half[1])[0, 1] for half in halves]
-    )
-    assert value("pearson_delta_disjoint", comparison).item() == pytest.approx(expected)
+    measured, called = table([1, 4, 2, 3], [0.2, 0, 0, 0]), table([1, 4, 2, 3], [0, 1, 1, 1])
+    comparison = replace(comparison, control_halves=halves, de_real=measured, de_pred=called)
+    sides = [(comparison.pred[0] - half[0], comparison.real[0] - half[1]) for half in halves]
+    for metric, correlation, genes in (
+        ("pearson_delta_disjoint", stats.pearsonr, [0, 1, 2, 3]),
+        ("spearman_delta_disjoint", stats.spearmanr, [0, 1, 2, 3]),
+        ("pearson_delta_top20_disjoint", stats.pearsonr, [1, 2, 3]),
+    ):
+        expected = np.mean([correlation(pred[genes], real[genes])[0] for pred, real in sides])
+        assert value(metric, comparison).item() == pytest.approx(expected), metric
 
 
 def test_space_is_the_principal_components():

@@ -143,9 +143,11 @@ def test_summary_says_who_leads_whether_it_is_clear_and_how_far_noise_lets_one_g
     assert "scored against the other half, has a Pearson Δ of 0.860 (0.800 to 0.900)." in text
     assert "A second experiment of the full size would reach about 0.920." in text
     assert "3 of 4 perturbations change at least 5 genes (FDR below 0.05); the rest have nothing to predict" in text
+    edit_manifest(run, scorable={"responding": 4})
     edit_paired(run, difference=0.2, ci_low=0.1, ci_high=0.3, fdr=0.2)
     text = Page(render(Run.read(run))).text
     assert "AdaPert seems better, but that does not survive correction for the number of tests" in text
+    assert "Every tested perturbation changes at least 5 genes (FDR below 0.05), so all 4 have something" in text
     assert "Ridge likely ahead +0.200" in text
     assert "beats every baseline, but the control mean, the perturbation mean and ridge only before correction" in text
     edit_paired(run, ci_low=-0.1)

@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perturbcore.metrics.registry import METRICS
 from perturbcore.metrics.scores import MIN_DE_GENES
 
 if TYPE_CHECKING:
     from perturbcore.metrics.scores import Scores
 
 BASELINES = ("control_mean", "perturbation_mean", "additive", "nearest_neighbour", "ridge")
-HEADLINES = {"pearson_delta_disjoint": "Pearson Δ", "discrimination_score_l1": "discrimination (L1)"}
+HEADLINES = {"pearson_delta_disjoint": "Pearson Δ", "discrimination_score_l1": "discrimination (L1)"}  # more is better
 SHRUNK, EXAGGERATED = 0.5, 2.0  # variance ratios outside are called a collapse and an exaggeration
 
 
 def verdict(scores: Scores, model: str) -> list[str]:
     """Sentences on one model: each headline metric against each other model, then the signs of mean collapse.
 
-    A model beats another when the 95 % interval of the paired difference lies wholly on the better side of 0.
+    A model beats another when the 95 % interval of the paired difference lies wholly above 0.
     """
     return [
         *(f"{_level(scores, model, metric)} {_against(scores, model, metric)}".strip() for metric in HEADLINES),
@@ -39,14 +38,12 @@ def _level(scores: Scores, model: str, metric: str) -> str:
 
 def _against(scores: Scores, model: str, metric: str) -> str:
     others = [name for name in scores.models if name != model and name in BASELINES]
-    sign = 1 if METRICS[metric].higher_is_better else -1
     groups: dict[str, list[str]] = {"beats": [], "does not clearly beat": [], "is worse than": []}
     for other in others:
         paired = scores.paired(model, other, metric)
         if not paired.n:
             continue
-        low, high = sorted((sign * paired.ci_low, sign * paired.ci_high))
-        verb = "beats" if low > 0 else "is worse than" if high < 0 else "does not clearly beat"
+        verb = "beats" if paired.ci_low > 0 else "is worse than" if paired.ci_high < 0 else "does not clearly beat"
         groups[verb].append(
             f"{other} ({scores.get(other, metric)['mean']:.3f}; difference {paired.difference:+.3f}"
             f"{_range(paired.ci_low, paired.ci_high)})"

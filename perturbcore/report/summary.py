@@ -62,7 +62,7 @@ def _lead(run: Run, metric: str) -> str:
     words = f"{name} has {value}, the best baseline, {other}, {number(rival[1])}."
     if pair is None:
         return f"{words} Too few perturbations have a value to say whether they differ."
-    side = standing(pair, run.best(metric))
+    side = standing(pair)
     better = {"ahead": name, "behind": other[:1].upper() + other[1:]}.get(side)
     if better is None:
         verdict = "Either may be better"
@@ -70,20 +70,15 @@ def _lead(run: Run, metric: str) -> str:
         verdict = f"{better} is clearly better"
     else:
         verdict = f"{better} seems better, but that does not survive correction for the number of tests"
-    low, high = sorted((pair["ci_low"], pair["ci_high"]))
+    bounds = interval(pair["ci_low"], pair["ci_high"])
     tested = f"; {rate(pair['fdr'])}" if math.isfinite(pair["fdr"]) else ""
     plus = "+" if pair["difference"] > 0 else ""
-    return f"{words} {verdict}: they differ by {plus}{number(pair['difference'])} ({interval(low, high)}{tested})."
+    return f"{words} {verdict}: they differ by {plus}{number(pair['difference'])} ({bounds}{tested})."
 
 
-def standing(pair: pd.Series, best: float | None) -> str:
-    """`ahead` or `behind` where the interval of a paired difference lies on one side of 0, `open` otherwise.
-
-    `best` 0 means that less is better.
-    """
-    sign = -1 if best == 0 else 1
-    low, high = sorted((sign * pair["ci_low"], sign * pair["ci_high"]))
-    return "ahead" if low > 0 else "behind" if high < 0 else "open"
+def standing(pair: pd.Series) -> str:
+    """`ahead` or `behind` where the interval of a difference on a headline metric excludes 0, `open` otherwise."""
+    return "ahead" if pair["ci_low"] > 0 else "behind" if pair["ci_high"] < 0 else "open"
 
 
 def rate(fdr: float) -> str:
@@ -162,8 +157,8 @@ def _claim(run: Run, model: str, metric: str) -> str:
     """A model beats a baseline where the interval of their paired difference lies on the better side of 0."""
     asked = run.pairs(model, metric)
     pairs = [p for p in asked if math.isfinite(p["ci_low"])]
-    beaten = [p for p in pairs if standing(p, run.best(metric)) == "ahead"]
-    unbeaten = [AS_SUBJECT.get(p.name, p.name) for p in pairs if standing(p, run.best(metric)) != "ahead"]
+    beaten = [p for p in pairs if standing(p) == "ahead"]
+    unbeaten = [AS_SUBJECT.get(p.name, p.name) for p in pairs if standing(p) != "ahead"]
     unsure = [AS_SUBJECT.get(p.name, p.name) for p in beaten if not p["fdr"] < FDR]
     if not pairs:
         return "cannot be compared: too few perturbations have a value"
@@ -176,7 +171,7 @@ def _claim(run: Run, model: str, metric: str) -> str:
 def verdict(run: Run, model: str) -> dict[str, Any]:
     """Return how far a model is ahead of each baseline, on each headline metric."""
     pairs = {metric: run.pairs(model, metric) for metric in HEADLINES}
-    cells = {(p.name, metric): _difference(p, run.best(metric)) for metric in HEADLINES for p in pairs[metric]}
+    cells = {(p.name, metric): _difference(p) for metric in HEADLINES for p in pairs[metric]}
     return {
         "name": NAMES.get(model, model),
         "tone": run.tone(model),
@@ -189,11 +184,11 @@ def verdict(run: Run, model: str) -> dict[str, Any]:
     }
 
 
-def _difference(pair: pd.Series, best: float | None) -> dict[str, str]:
+def _difference(pair: pd.Series) -> dict[str, str]:
     """One cell of the paired table."""
     if not math.isfinite(pair["ci_low"]):
         return {"value": "–", "interval": "", "fdr": "", "word": "not comparable", "kind": ""}
-    kind = standing(pair, best)
+    kind = standing(pair)
     unsure = kind != "open" and not pair["fdr"] < FDR
     return {
         "value": ("+" if pair["difference"] > 0 else "") + number(pair["difference"]),
