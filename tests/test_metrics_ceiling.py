@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from comparisons import random_comparison, table
 from scipy import sparse, stats
 
 from perturbcore.data import Condition, DataError, Perturbation, Scale, Screen
 from perturbcore.data import predictions as write
-from perturbcore.metrics import METRICS, evaluate
+from perturbcore.metrics import METRICS, evaluate, score
 from perturbcore.metrics.scores import MIN_DE_GENES, draw_weights, interval
 
 GENES = 40
@@ -66,6 +67,19 @@ def test_only_conditions_that_respond_are_scored_apart(scores):
     low, high = rows.loc[("right", "variance_ratio"), ["ci_low", "ci_high"]]
     assert low < spread < high
     assert any("3 of 5 conditions change at least 5 genes" in sentence for sentence in scores.verdict("right"))
+
+
+def test_a_condition_responds_from_five_genes_on():
+    comparison = random_comparison(0)
+    counts = np.array([4, 5, 9, 0, 6, 4, 0, 5, 40])  # of DE genes
+    fdr = np.where(np.arange(40) < counts[:, None], 0.01, 0.5)
+    scores = score({"m": [replace(comparison, de_real=table(comparison.delta_real, fdr))]})
+    values = scores.values("m", "mae_delta")[counts >= MIN_DE_GENES]
+    row = scores.responding.set_index("metric").loc["mae_delta"]
+    assert scores.num_responding == row.n == len(values) == 5
+    assert row["mean"] == pytest.approx(values.mean())
+    resampled = draw_weights(5, scores.seed) @ values / 5
+    assert (row.ci_low, row.ci_high) == pytest.approx(interval(resampled))
 
 
 def test_where_nothing_responds_the_scores_apart_are_undefined(screen):
@@ -155,6 +169,11 @@ def test_files_of_other_origin_are_read_and_what_was_taken_is_said(screen):
     assert "perturbation of its cells taken from its obs column 'target_gene'" in said
     assert "its cells labelled 'non-targeting' taken as 'control'" in said
     assert "theirs: taken to be log1p, target sum unknown (fractional values" in said
+    labels = np.where(np.arange(foreign.n_obs) < foreign.n_obs - 60, foreign.obs["target_gene"], "ctrl")
+    two = AnnData(foreign.X, obs=pd.DataFrame({"target_gene": labels}, index=obs.index), var=ours.var)
+    assert any(
+        "no control cells predicted" in note for note in evaluate(screen, {"m": two}, conditions=[condition("A")]).notes
+    )
     nameless = foreign.copy()
     nameless.obs.columns = ["what"]
     with pytest.raises(DataError, match="'theirs' has no obs column 'perturbation', which the screen has"):

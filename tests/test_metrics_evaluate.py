@@ -253,11 +253,15 @@ def test_paired_comparison(scores):
 def test_verdict_says_what_the_numbers_say(scores):
     good, mean = " ".join(scores.verdict("good")), " ".join(scores.verdict("perturbation_mean"))
     assert "beats perturbation_mean" in good
-    assert "better than the mean training response" in good
+    assert "it is better than the mean training response" in good
+    assert "it is better than the mean training response" not in mean
     assert "no collapse" in good
     assert "does not clearly beat control_mean" in mean or "is worse than control_mean" in mean
     assert "does not tell perturbations apart clearly better than chance" in mean
     assert "collapses towards one response for all" in mean
+    assert "resemble each other more than the measured ones do" in mean
+    assert "resemble each other more" not in good
+    assert "of what sets a perturbation apart from the mean response (1 is no shrinkage)" in mean
     with pytest.raises(KeyError, match="no score of 'unknown'"):
         scores.verdict("unknown")
 
@@ -288,10 +292,12 @@ def test_predictions_that_do_not_fit_are_refused(screen, split, predictions):
     unlabelled.iloc[0, 0] = np.nan
     other_sum = {"perturbcore": {"scale": {"kind": "log1p", "target_sum": 7.0}}}
     counts = {"perturbcore": {"scale": {"kind": "counts"}}}
+    scale_alone = {"perturbcore": {"scale": good.uns["perturbcore"]["scale"]}}
     refusals = {
         "lacks .* and 2 more and adds X0, X1, .* and 2 more": change(good, var=renamed),
         "it lacks REG001": good[:, 1:].copy(),
         f"no obs column '{key}'": change(good, obs=good.obs.drop(columns=key)),
+        f"no obs column '{screen.context_key}'.* as the screen": change(good, obs=good.obs[[key]], uns=scale_alone),
         rf"1 of .* cells have no label in obs\['{key}'\]": change(good, obs=unlabelled),
         "bring both to one scale": change(good, uns=other_sum),
         "is raw counts, the screen is log1p": change(good, X=np.ceil(good.X), uns=counts),
