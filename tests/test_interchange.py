@@ -77,6 +77,7 @@ def test_one_context_needs_no_folder_and_the_labels_are_the_screens(tmp_path):
     (pair,) = pc.to_cell_eval(predicted, screen, tmp_path / "out")
     assert pair.real.parent == tmp_path / "out"
     assert set(anndata.read_h5ad(pair.pred).obs["gene"]) == {"B_A", "NT"}
+    assert set(pd.read_csv(pair.de_pred)["target"]) == {"B_A"}
 
 
 def test_what_cannot_be_exported_is_refused(job, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from finished_run import GENES, PERTURBATIONS, make_run
 
-from perturbcore.report import Run, write
+from perturbcore.report import Run, svg, write
 from perturbcore.report.conditions import perturbations
 from perturbcore.report.genes import distributions, gene_figures, responses
 from perturbcore.report.svg import bars, digits_for, network, number, scatter, volcano
@@ -132,3 +132,22 @@ def test_drawings_survive_empty_constant_and_missing_values() -> None:
 def test_numbers_are_set_with_real_minus_signs_and_enough_digits() -> None:
     assert [number(v) for v in (-0.25, float("nan"), -1e-9, 0.0006)] == ["−0.250", "–", "0.000", "0.001"]
     assert [digits_for(v) for v in ([0.1, 5], [0.024, 0.02], [0.0061, -0.001], [0.0], [])] == [3, 4, 5, 3, 3]
+
+
+def test_drawings_are_of_their_condition_and_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    scatters, movers = [], []
+    monkeypatch.setattr(svg, "scatter", lambda x, y, genes, **words: scatters.append((x, y)) or "")
+    drawn = {"measured": movers, "control": []}
+    monkeypatch.setattr(svg, "bars", lambda *parts, label, alt: drawn[label].append(parts) or "")
+    perturbations(run)
+    real, predicted = run.deltas.real, run.deltas.predicted
+    rows = np.argsort(-np.linalg.norm(real, axis=1))
+    for at, row in enumerate(rows):
+        for which, model in enumerate(("adapert", "ridge")):
+            x, y = scatters[2 * at + which]
+            np.testing.assert_array_equal(x, real[row])
+            np.testing.assert_array_equal(y, predicted[model][row])
+        genes, measured, dots, _ = movers[at]
+        strongest = [run.deltas.genes.index(gene) for gene in genes]
+        assert np.abs(measured).min() >= np.delete(np.abs(real[row]), strongest).max()
+        np.testing.assert_array_equal(dots["AdaPert"], predicted["adapert"][row, strongest])
