@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -56,7 +57,7 @@ def to_cell_eval(pred: AnnData, real: Screen, out: str | Path) -> list[CellEvalP
     contexts = sorted({condition.context for condition in judged})
     pairs = []
     for context in contexts:
-        folder = out / context.replace("/", "_") if len(contexts) > 1 else out
+        folder = out / quote(context, safe=" ") if len(contexts) > 1 else out
         folder.mkdir(parents=True, exist_ok=True)
         pairs.append(_write(folder, [c for c in judged if c.context == context], real, completed))
     return pairs

@@ -80,6 +80,16 @@ def test_one_context_needs_no_folder_and_the_labels_are_the_screens(tmp_path):
     assert set(pd.read_csv(pair.de_pred)["target"]) == {"B_A"}
 
 
+def test_contexts_of_like_names_have_folders_of_their_own(tmp_path):
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"gene": ["NT", "A"] * 16, "cell_type": np.repeat(["T/B", "T_B"], 16)})
+    adata = anndata.AnnData(rng.gamma(1, 1, (32, 6)).astype(np.float32), obs=obs.set_index(obs.index.map("c{}".format)))
+    screen = pc.read(adata, control="NT", verbose=False)
+    pairs = pc.to_cell_eval(adata.copy(), screen, tmp_path / "out")
+    assert len({pair.real.parent for pair in pairs}) == 2
+    assert all(pair.real.parent.parent == tmp_path / "out" for pair in pairs)
+
+
 def test_what_cannot_be_exported_is_refused(job, tmp_path):
     screen, _, predicted = job
     counts = simulate(n_genes=60, n_perturbations=4, n_contexts=1, n_cells=5).screen
