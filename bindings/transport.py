@@ -30,10 +30,11 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
 
     ``x`` [B, n, D], ``y`` [B, m, D] → [B]. The means are over all pairs, a row with itself included, so equal clouds
     have 0 (geomloss's value is half of this). NaN where a cloud has no rows. float32 or float64; float32 is exact to
-    1e-6 of the mean distance between rows, of which the result is a difference. Differentiable in both; rows at
-    distance 0 do not pull at each other. Keeps, where a gradient is to follow, a number per pair of a row of x and one
-    of x or y, and of two rows of y for the gradient of y; a CPU works on 2 million numbers, or, if they are more, on a
-    centred copy of the clouds of one batch entry. Source: Székely and Rizzo, J. Stat. Plan. Inference 2013.
+    1e-6 of the mean distance between rows, of which the result is a difference, for distances from 1e-18 to 1e18: their
+    squares are float32 too. Differentiable in both; rows at distance 0 do not pull at each other. Keeps, where a
+    gradient is to follow, a number per pair of a row of x and one of x or y, and of two rows of y for the gradient of
+    y; a CPU works on 2 million numbers, or, if they are more, on a centred copy of the clouds of one batch entry.
+    Source: Székely and Rizzo, J. Stat. Plan. Inference 2013.
     """
     x, y = _clouds(x, y)
     if _empty(x, y):
@@ -82,8 +83,9 @@ def sinkhorn_divergence(
     eps neither underflows nor loses digits; but the smaller it is, the more updates it takes.
 
     ``max_iter`` updates are made, or, with a ``tol``, as many as it takes until Σ|P 1 − a| ≤ ``tol`` in all three
-    plans. If that is not reached there is a warning; telling so waits for a GPU. With ``return_info`` the caller is
-    told by a :class:`SinkhornInfo` instead: no warning, no waiting. In compiled code there is no warning either.
+    plans, which float32 knows to 1e-7. If that is not reached there is a warning; telling so waits for a GPU. With
+    ``return_info`` the caller is told by a :class:`SinkhornInfo` instead: no warning, no waiting. In compiled code
+    there is no warning either.
 
     Differentiable in both by the envelope theorem: potentials are held fixed, which is exact where they have converged.
     Keeps two float64 numbers per row. Works on the cost and the kernel of one problem per thread, 12 or 16 bytes per
@@ -139,8 +141,9 @@ def sinkhorn_plan(
     """Find the plan P of marginals ``a`` and ``b`` that minimises ⟨P, cost⟩ + eps · KL(P ‖ a⊗b).
 
     ``cost`` [B, n, m]; ``a`` [B, n] or [n] and ``b`` [B, m] or [m], non-negative and of one sum, uniform by default →
-    [B, n, m]. Columns have the mass ``b``; rows have ``a`` up to the error that ``tol``, ``return_info`` and the
-    warning tell of, which are those of :func:`sinkhorn_divergence`. float32 or float64, exponents in float64.
+    [B, n, m], NaN where that sum is 0. Columns have the mass ``b``; rows have ``a`` up to the error that ``tol``,
+    ``return_info`` and the warning tell of, which are those of :func:`sinkhorn_divergence`. float32 or float64,
+    exponents in float64.
 
     Differentiable in ``cost``, not in ``a`` and ``b``, by the implicit function theorem: the equations that keep the
     marginals are solved by ``max_iter`` updates like the forward ones, which is exact where both have converged, and

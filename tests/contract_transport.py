@@ -80,13 +80,16 @@ REFUSALS = [
         for refusal in (
             (op, good, {"eps": 0.0}, r"eps is 0.0; expected a finite number above 0"),
             (op, good, {"eps": float("nan")}, r"eps is nan; expected a finite number above 0"),
+            (op, good, {"eps": float("inf")}, r"eps is inf; expected a finite number above 0"),
             (op, good, {"max_iter": 0}, r"max_iter is 0; expected an integer, 1 or more"),
             (op, good, {"max_iter": 2.5}, r"max_iter is 2.5; expected an integer"),
             (op, good, {"tol": -1.0}, r"tol is -1.0; expected a finite number, 0 or more, or None"),
+            (op, good, {"tol": float("inf")}, r"tol is inf; expected a finite number, 0 or more, or None"),
         )
     ),
     (DIVERGENCE, PAIR, {"p": 3}, r"p is 3; expected 1 or 2"),
     (ops.emd, PAIR, {"p": 0.5}, r"p is 0.5; expected a finite number, 1 or more"),
+    (ops.emd, PAIR, {"p": float("inf")}, r"p is inf; expected a finite number, 1 or more"),
     (PLAN, COST, {"cost": normal(4, 5)}, r"cost has shape \[4, 5\]; expected \[B, n, m\]"),
     (PLAN, COST, {"a": torch.ones(5).double()}, r"a has shape \[5\]; expected \[4\] or \[2, 4\]"),
     (PLAN, COST, {"b": torch.ones(5)}, r"b has dtype torch.float32; expected torch.float64"),

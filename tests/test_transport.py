@@ -13,7 +13,7 @@ from agreement import assert_close, compare
 from inputs import normal, requiring_grad
 
 from perturbcore import ops
-from perturbcore.kernels.transport import energy_numba_cpu
+from perturbcore.kernels.transport import emd, energy_numba_cpu
 
 DTYPES = [torch.float32, torch.float64]
 divergence = functools.partial(ops.sinkhorn_divergence, eps=0.5, max_iter=300)
@@ -143,6 +143,15 @@ def test_energy_distance_in_blocks_has_the_same_value(poisoned, monkeypatch):
             assert_close(gradient, slope)
 
 
+def test_energy_distance_of_thousands_of_numbers_is_the_integral_between_their_distributions():
+    x, y = normal(3000, dtype=torch.float32).double(), normal(2500, dtype=torch.float32, seed=1).double() + 0.1
+    both = torch.cat([x, y]).sort().values
+    shares = [torch.searchsorted(t.sort().values, both, right=True) / len(t) for t in (x, y)]
+    expected = 2 * ((shares[0] - shares[1])[:-1].square() * both.diff()).sum()
+    result = ops.energy_distance(x.float()[None, :, None], y.float()[None, :, None])
+    assert abs(result.item() - expected) < 1e-6 * (x[:, None] - y).abs().mean()
+
+
 def test_energy_distance_is_twice_that_of_geomloss():
     geomloss = pytest.importorskip("geomloss")
     x, y = clouds(2, 9, 12, 4)
@@ -158,12 +167,14 @@ def test_energy_distance_is_twice_that_of_geomloss():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sinkhorn_divergence_agrees_with_float64(backend, size, p, dtype):
     op = functools.partial(ops.sinkhorn_divergence, p=p, eps=0.3)
+    compare(op, op, dict(zip("xy", clouds(*size), strict=True)), dtype)
 
-    def right(x, y):
-        with ops.backend("reference"):
-            return op(x, y)
 
-    compare(op, right, dict(zip("xy", clouds(*size), strict=True)), dtype)
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("updates", [1, 4])
+def test_after_few_updates_it_is_where_the_reference_is(backend, updates, p):
+    op = functools.partial(ops.sinkhorn_divergence, p=p, eps=0.1, max_iter=updates)
+    compare(op, op, dict(zip("xy", clouds(2, 6, 6, 3), strict=True)), torch.float64)
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -197,12 +208,26 @@ def test_a_small_eps_neither_underflows_nor_loses_digits(backend, p, dtype):
     result = op(*(inputs := requiring_grad((x, y))))
     with ops.backend("reference"):
         expected = op(*(exact := requiring_grad((x.double(), y.double()))))
+        slopes = torch.autograd.grad(expected.sum(), exact)
     assert_close(result, expected)
-    for gradient, slope in zip(
-        torch.autograd.grad(result.sum(), inputs), torch.autograd.grad(expected.sum(), exact), strict=True
-    ):
+    for gradient, slope in zip(torch.autograd.grad(result.sum(), inputs), slopes, strict=True):
         assert gradient.isfinite().all()
         assert (gradient - slope).abs().max() < (1e-5 if dtype == torch.float32 else 1e-9) * slope.abs().max()
+
+
+def test_a_large_eps_does_not_multiply_rounding_errors(backend):
+    x, y = (t.float() for t in clouds(2, 12, 9, 3))
+    with ops.backend("reference"):
+        expected = ops.sinkhorn_divergence(x.double(), y.double(), eps=1e4)
+    assert_close(ops.sinkhorn_divergence(x, y, eps=1e4), expected)
+
+
+def test_small_entries_of_a_plan_keep_their_digits(backend):
+    cost = normal(1, 5, 6).abs().float()
+    with ops.backend("reference"):
+        expected = ops.sinkhorn_plan(cost.double(), eps=0.05, max_iter=300)
+    assert (expected.min() < 1e-9) & (expected.min() > 1e-30)
+    torch.testing.assert_close(ops.sinkhorn_plan(cost, eps=0.05, max_iter=300).double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -239,11 +264,7 @@ def test_plan_has_its_marginals_and_agrees_with_float64(backend, size, eps, dtyp
     def op(cost, eps=eps):
         return ops.sinkhorn_plan(cost, a.to(cost.dtype), b.to(cost.dtype), eps=eps, max_iter=500)
 
-    def right(cost):
-        with ops.backend("reference"):
-            return op(cost)
-
-    compare(op, right, {"cost": cost}, dtype)
+    compare(op, op, {"cost": cost}, dtype)
     plan = op(cost.to(dtype))
     torch.testing.assert_close(plan.sum(1), b, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(plan.sum(2), a.expand(size[0], n), rtol=1e-3, atol=1e-3)
@@ -291,6 +312,15 @@ def test_convergence_is_told_and_stops_the_updates(backend, dtype):
         assert (exactly.iterations == 7).all()
 
 
+def test_what_is_told_is_the_worst_of_the_three_plans(backend):
+    x, y = clouds(1, 9, 1, 4)  # a plan to one row has its marginals at once, that of x with itself has not
+    for pair in ((x, y), (y, x)):
+        _, info = ops.sinkhorn_divergence(*pair, eps=0.2, max_iter=500, tol=1e-3, return_info=True)
+        assert 1 < info.iterations < 500
+        _, early = ops.sinkhorn_divergence(*pair, eps=0.2, max_iter=1, return_info=True)
+        assert early.error > 1e-3
+
+
 def test_a_warning_names_the_error_the_updates_and_what_to_do(backend):
     x, y = clouds(2, 9, 12, 4)
     for call in (ops.sinkhorn_divergence, lambda x, y, **how: ops.sinkhorn_plan(torch.cdist(x, y), **how)):
@@ -303,6 +333,11 @@ def test_a_warning_names_the_error_the_updates_and_what_to_do(backend):
             call(x, y, eps=0.01, max_iter=2)  # nobody asked
             call(x, y, eps=0.01, max_iter=2, tol=1e-6, return_info=True)  # told otherwise
             call(x, y, eps=1.0, max_iter=900, tol=1e-6)
+            call(x[:0], y[:0], eps=1.0, max_iter=2, tol=1e-6)
+        x[0, 0, 0] = math.nan
+        with pytest.warns(UserWarning, match="off by nan"):
+            call(x, y, eps=1.0, max_iter=900, tol=1e-6)
+        x[0, 0, 0] = 0
 
 
 def test_with_a_tolerance_it_compiles_and_tells_by_info():
@@ -344,6 +379,13 @@ def test_emd_is_that_of_pot(n, m, p, dtype):
     cost = torch.cdist(x.double(), y.double()) ** p
     right = [ot.emd2(np.full(n, 1 / n), np.full(m, 1 / m), c.numpy()) for c in cost]
     torch.testing.assert_close(ops.emd(x, y, p), torch.tensor(right, dtype=dtype))
+
+
+@pytest.mark.filterwarnings("ignore:numItermax")
+def test_a_network_simplex_that_gives_up_is_an_error(monkeypatch):
+    monkeypatch.setattr(emd, "MOST_STEPS", 1)
+    with pytest.raises(RuntimeError, match=r"did not solve clouds of \[9, 12\]"):
+        ops.emd(*clouds(1, 9, 12, 3))
 
 
 def test_rows_that_do_not_move_have_no_gradient(backend):

@@ -197,6 +197,13 @@ def test_an_empty_side_is_not_a_distance_of_0(backend, n, m, weighted):
     assert ops.wasserstein_1d(x.detach(), ops.presort(y.detach())).isnan().all()
 
 
+def test_as_many_sides_as_groups_or_one(backend):
+    with pytest.raises(ValueError, match=r"y has shape \[2, 4, 3\]"):
+        torch.ops.perturbcore.wasserstein_1d(
+            normal(4, 5, 3), None, normal(2, 4, 3), None, None, False, 1.0, False, False
+        )
+
+
 def test_nothing_to_compare(backend):
     assert ops.wasserstein_1d(normal(3, 0), normal(4, 0)).shape == (0,)
     assert ops.wasserstein_1d(normal(0, 3, 2), normal(4, 2)).shape == (0, 2)

@@ -17,7 +17,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from perturbcore.kernels.common.numba_cpu import exp, inner, kernel, run
+from perturbcore.kernels.common.numba_cpu import exp, expm1, inner, kernel, run
 from perturbcore.kernels.common.shapes import check_shape
 from perturbcore.kernels.transport.shapes import check_clouds, check_potentials, check_weights
 
@@ -206,17 +206,20 @@ def _solve_self(cost, a, eps, max_iter, tol, factors, f):
 
 @inner
 def _finish(cost, a, b, f, g, eps, plan):
-    """Write the plan, and return Σ|P 1 − a| and ΣP − 1."""
-    over, error, mass = 1 / eps, 0.0, 0.0
+    """Write the plan, and return Σ|P 1 − a| and ΣP − 1.
+
+    A large eps multiplies what ΣP − 1 is off by, so it is summed as the differences from a⊗b.
+    """
+    over, error, mass, missing = 1 / eps, 0.0, a.sum() - 1, b.sum() - 1
     for i in range(f.size):
-        row, out, own, total = cost[i], plan[i], f[i], 0.0
+        row, out, own, total = cost[i], plan[i], f[i], missing
         for j in range(row.size):
-            value = plan.dtype.type(a[i] * b[j]) * exp(plan.dtype.type((own + g[j] - row[j]) * over))
-            out[j] = value
-            total += np.float64(value)
-        error += abs(total - a[i])
-        mass += total
-    return error, mass - 1
+            power = plan.dtype.type((own + g[j] - row[j]) * over)
+            out[j] = plan.dtype.type(a[i] * b[j]) * exp(power)
+            total += b[j] * np.float64(expm1(power))
+        error += a[i] * abs(total)
+        mass += a[i] * total
+    return error, mass
 
 
 @kernel
