@@ -33,7 +33,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     1e-6 of the mean distance between rows, of which the result is a difference, for distances from 1e-18 to 1e18: their
     squares are float32 too. Differentiable in both; rows at distance 0 do not pull at each other. Keeps, where a
     gradient is to follow, a number per pair of a row of x and one of x or y, and of two rows of y for the gradient of
-    y; a CPU works on 2 million numbers, or, if they are more, on a centred copy of the clouds of one batch entry.
+    y; a CPU works on 2 million numbers, and on a centred copy of the clouds of one batch entry if they are more.
     Source: Székely and Rizzo, J. Stat. Plan. Inference 2013.
     """
     x, y = _clouds(x, y)

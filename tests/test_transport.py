@@ -89,9 +89,8 @@ def test_energy_distance_by_hand(backend):
     result = ops.energy_distance(x, y)  # 2 · (0 + 3 + 1 + 2) / 4 − (0 + 1 + 1 + 0) / 4 − (0 + 3 + 3 + 0) / 4
     assert result.item() == 1.0
     grad_x, grad_y = torch.autograd.grad(result.sum(), (x, y))
-    assert grad_x.flatten().tolist() == pytest.approx(
-        [0.0, -0.5], abs=1e-15
-    )  # x₀ lies on y₀: only y₁ and x₁ pull, −½ + ½
+    # x₀ lies on y₀: only y₁ and x₁ pull, −½ + ½
+    assert grad_x.flatten().tolist() == pytest.approx([0.0, -0.5], abs=1e-15)
     assert grad_y.flatten().tolist() == pytest.approx([0.0, 0.5], abs=1e-15)  # of y₀ x₁ pulls by −½ and y₁ by +½
 
 
@@ -148,8 +147,8 @@ def test_energy_distance_of_thousands_of_numbers_is_the_integral_between_their_d
     both = torch.cat([x, y]).sort().values
     shares = [torch.searchsorted(t.sort().values, both, right=True) / len(t) for t in (x, y)]
     expected = 2 * ((shares[0] - shares[1])[:-1].square() * both.diff()).sum()
-    result = ops.energy_distance(x.float()[None, :, None], y.float()[None, :, None])
-    assert abs(result.item() - expected) < 1e-6 * (x[:, None] - y).abs().mean()
+    error = ops.energy_distance(x.float()[None, :, None], y.float()[None, :, None]) - expected
+    assert error.abs() < 1e-6 * (x[:, None] - y).abs().mean()
 
 
 def test_energy_distance_is_twice_that_of_geomloss():
@@ -315,18 +314,15 @@ def test_convergence_is_told_and_stops_the_updates(backend, dtype):
 def test_what_is_told_is_the_worst_of_the_three_plans(backend):
     x, y = clouds(1, 9, 1, 4)  # a plan to one row has its marginals at once, that of x with itself has not
     for pair in ((x, y), (y, x)):
-        _, info = ops.sinkhorn_divergence(*pair, eps=0.2, max_iter=500, tol=1e-3, return_info=True)
-        assert 1 < info.iterations < 500
-        _, early = ops.sinkhorn_divergence(*pair, eps=0.2, max_iter=1, return_info=True)
-        assert early.error > 1e-3
+        _, info = ops.sinkhorn_divergence(*pair, eps=0.2, max_iter=2, tol=1e-3, return_info=True)
+        assert info.iterations == 2
+        assert info.error > 1e-3
 
 
 def test_a_warning_names_the_error_the_updates_and_what_to_do(backend):
     x, y = clouds(2, 9, 12, 4)
     for call in (ops.sinkhorn_divergence, lambda x, y, **how: ops.sinkhorn_plan(torch.cdist(x, y), **how)):
-        with pytest.warns(
-            UserWarning, match=r"after 2 of them the marginals are off by \d.*Take a larger max_iter.*eps"
-        ):
+        with pytest.warns(UserWarning, match=r"after 2 of them the marginals are off by \d.*larger max_iter.*eps"):
             call(x, y, eps=0.01, max_iter=2, tol=1e-6)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -334,10 +330,8 @@ def test_a_warning_names_the_error_the_updates_and_what_to_do(backend):
             call(x, y, eps=0.01, max_iter=2, tol=1e-6, return_info=True)  # told otherwise
             call(x, y, eps=1.0, max_iter=900, tol=1e-6)
             call(x[:0], y[:0], eps=1.0, max_iter=2, tol=1e-6)
-        x[0, 0, 0] = math.nan
         with pytest.warns(UserWarning, match="off by nan"):
-            call(x, y, eps=1.0, max_iter=900, tol=1e-6)
-        x[0, 0, 0] = 0
+            call(x * math.nan, y, eps=1.0, max_iter=900, tol=1e-6)
 
 
 def test_with_a_tolerance_it_compiles_and_tells_by_info():
@@ -379,6 +373,16 @@ def test_emd_is_that_of_pot(n, m, p, dtype):
     cost = torch.cdist(x.double(), y.double()) ** p
     right = [ot.emd2(np.full(n, 1 / n), np.full(m, 1 / m), c.numpy()) for c in cost]
     torch.testing.assert_close(ops.emd(x, y, p), torch.tensor(right, dtype=dtype))
+
+
+@pytest.mark.parametrize("m", [4, 5])
+def test_a_cloud_that_is_not_finite_has_no_plan(m):
+    x, y = requiring_grad(clouds(2, 4, m, 3))
+    x.data[0, 1, 2] = math.inf
+    result = ops.emd(x, y)
+    assert result.isnan().tolist() == [True, False]
+    for gradient in torch.autograd.grad(result.sum(), (x, y)):
+        assert [g.isfinite().all().item() for g in gradient] == [False, True]
 
 
 @pytest.mark.filterwarnings("ignore:numItermax")

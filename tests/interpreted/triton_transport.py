@@ -48,6 +48,12 @@ def test_sinkhorn_plan(eps, tol):
         agrees_with_the_reference(plan, [cost.abs() for cost in normals((2, 4, 5))], dtype)
 
 
+def test_sinkhorn_plan_of_a_block_of_columns_without_mass():
+    b = torch.arange(70.0).clamp(min=66) - 66
+    plan = functools.partial(ops.sinkhorn_plan, b=(b / b.sum()).double(), a=torch.full((2,), 0.5).double(), eps=0.5)
+    agrees_with_the_reference(functools.partial(plan, max_iter=6), normals((1, 2, 70)), torch.float64)
+
+
 def test_a_tolerance_stops_where_the_reference_stops():
     x, y = (t.float() for t in normals((3, 4, 2), (3, 5, 2)))
     told = []
