@@ -232,6 +232,19 @@ def test_nan_stays_with_its_gene(backend, dtype, sign, weighted):
         assert torch.equal(ops.wasserstein_1d(given[0], presorted).isnan(), lost)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_is_not_lost_among_zeros(backend, sign, side):
+    """Neither where nothing is positive nor where nothing else is there: zeros are counted, not sorted."""
+    given = [torch.zeros(20, 18), torch.zeros(20, 18)]
+    for cells in given:
+        cells[:3, 9:] = -1.0
+    given[side][5, 4] = given[side][5, 12] = math.copysign(math.nan, sign)
+    lost = torch.tensor([gene in (4, 12) for gene in range(18)])
+    assert torch.equal(ops.wasserstein_1d(*given).isnan(), lost)
+    assert torch.equal(ops.wasserstein_1d(given[0], ops.presort(given[1])).isnan(), lost)
+
+
 def test_infinity_is_far_away(backend):
     x, y = expression(6, 3), expression(6, 3, seed=1)
     x[0, 0], x[0, 1], y[2, 1] = math.inf, math.inf, math.inf
