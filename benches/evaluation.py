@@ -60,7 +60,7 @@ def labelled(x: Any, labels: NDArray[Any], genes: Sequence[str]) -> AnnData:
 
 def papalexi() -> AnnData:
     """The whole measured screen, log-normalised."""
-    screen = read(PAPALEXI).normalise()
+    screen = read(PAPALEXI, verbose=False).normalise()
     names = np.array([*map(str, screen.perturbations), CONTROL])
     return labelled(screen.adata.X, names[screen.perturbation_code], screen.genes)
 

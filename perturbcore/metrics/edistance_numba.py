@@ -44,8 +44,8 @@ def _panels(cells: Any, centre: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _squares(cells: Any) -> NDArray[np.float64]:
-    cells = cells.astype(np.float64)
-    return np.asarray(cells.multiply(cells).sum(axis=1)).ravel()
+    rows = np.repeat(np.arange(cells.shape[0]), np.diff(cells.indptr))
+    return np.bincount(rows, weights=np.square(cells.data.astype(np.float64)), minlength=cells.shape[0])
 
 
 @njit(**(PARALLEL | {"fastmath": {"reassoc", "contract", "nsz"}}))
