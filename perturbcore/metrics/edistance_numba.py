@@ -45,7 +45,8 @@ def _panels(cells: Any, centre: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _squares(cells: Any) -> NDArray[np.float64]:
     rows = np.repeat(np.arange(cells.shape[0]), np.diff(cells.indptr))
-    return np.bincount(rows, weights=np.square(cells.data.astype(np.float64)), minlength=cells.shape[0])
+    squares = np.square(cells.data.astype(np.float64))
+    return np.asarray(np.bincount(rows, weights=squares, minlength=cells.shape[0]), dtype=np.float64)
 
 
 @njit(**(PARALLEL | {"fastmath": {"reassoc", "contract", "nsz"}}))
