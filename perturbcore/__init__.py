@@ -29,6 +29,7 @@ _HOME = {
     "prepare": "data",
     "read": "data",
     "simulate": "data",
+    "simulate_partners": "data",
     "to_cell_eval": "interchange",
     "unseen_context": "data",
     "unseen_perturbation": "data",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from perturbcore.data.genes import highly_variable_genes, prepare, training_rows
     from perturbcore.data.identifiers import check_knowledge, check_shared_names, identifier_kind
     from perturbcore.data.knowledge import KnowledgeGraph
+    from perturbcore.data.partners import simulate_partners
     from perturbcore.data.perturbation import Condition, Perturbation
     from perturbcore.data.prediction import plain_cells, predictions, shift_cells, with_controls
     from perturbcore.data.reader import read
@@ -55,6 +56,7 @@ __all__ = [
     "read_state_toml",
     "shift_cells",
     "simulate",
+    "simulate_partners",
     "training_rows",
     "unseen_context",
     "unseen_perturbation",
@@ -89,6 +91,7 @@ _HOME = {
     "read_state_toml": "split_state",
     "shift_cells": "prediction",
     "simulate": "simulator",
+    "simulate_partners": "partners",
     "training_rows": "genes",
     "unseen_context": "split_rules",
     "unseen_perturbation": "split_rules",

@@ -6,21 +6,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-import scipy.sparse as sp
-from anndata import AnnData
 
 from perturbcore.data.embedding import GeneEmbedding
 from perturbcore.data.errors import DataError
 from perturbcore.data.knowledge import KnowledgeGraph
-from perturbcore.data.perturbation import Condition, Perturbation
-from perturbcore.data.scale import Scale
+from perturbcore.data.perturbation import Perturbation
 from perturbcore.data.screen import Screen
+from perturbcore.data.simulated_cells import OWN_GENE, Treatment, count_screen, expected_counts
 
 _IN_MODULES = 0.8  # share of genes that belong to a module; the others never respond
 _RESPONDING = 0.6  # share of a target module that a regulator acts on
 _KNOWN = 0.9  # share of the true edges that the knowledge graph holds
-_OWN_GENE = 2.0  # log fold change of the perturbed gene itself
 _DAMPING = 0.9  # a double does a little less than its two singles together
 
 
@@ -120,58 +116,30 @@ def simulate(
         :, module
     ]  # [C, G]
     baseline = cells_rng.normal(0, 0.7, n_genes) + cells_rng.normal(0, 0.4, (n_contexts, n_genes))
-    expected = n_genes * counts_per_gene * np.exp(baseline) / np.exp(baseline).sum(axis=1, keepdims=True)
+    expected = expected_counts(baseline, counts_per_gene)
     batch_shift = cells_rng.normal(0, 0.15 if n_batches > 1 else 0, (n_batches, n_genes))
+    lines = [f"line{line + 1}" for line in range(n_contexts)]
 
-    blocks, obs, effects = [], [], {}
-    for line in range(n_contexts):
-        context = f"line{line + 1}"
+    applied = []
+    for line, context in enumerate(lines):
         for treatment in [(), *treatments]:
             effect = _combined(network, treatment, direction) * gain[line]
-            effect[list(treatment)] = _OWN_GENE * direction[list(treatment)]
-            perturbation = Perturbation(tuple(genes[list(treatment)]))
-            if treatment:
-                effects[Condition(context, perturbation)] = effect
-            n = n_cells if treatment else n_controls
-            batch = np.arange(n) % n_batches
-            blocks.append(_counts(expected[line] * np.exp(effect + batch_shift[batch]), dropout, cells_rng))
-            kind = ("CRISPRa" if direction[treatment[0]] > 0 else "CRISPRko") if treatment else "control"
-            obs.append(
-                pd.DataFrame(
-                    {
-                        "perturbation": str(perturbation),
-                        "perturbation_type": kind,
-                        "cell_line": context,
-                        "batch": [f"batch{b + 1}" for b in batch],
-                    }
-                )
-            )
+            effect[list(treatment)] = OWN_GENE * direction[list(treatment)]
+            pushed = int(direction[treatment[0]]) if treatment else -1
+            applied.append(Treatment(context, Perturbation(tuple(genes[list(treatment)])), pushed, effect))
 
-    cells = pd.concat(obs, ignore_index=True)
-    cells.index = pd.Index([f"cell{i}" for i in range(len(cells))])
     graph, false_edges = _knowledge(network, genes, decoys, graph_rng)
-    conditions = sorted(effects)
-    effect = np.stack([effects[c] for c in conditions]).astype(np.float32)
-    truth = {
-        "conditions": np.array([str(c) for c in conditions]),
-        "effect": effect,
-        "responder": effect != 0,
-        "module": network.module,
-        "regulator_modules": network.strength.astype(np.float32),
-    }
-    screen = Screen(
-        AnnData(
-            X=sp.csr_matrix(sp.vstack(blocks, format="csr")),
-            obs=cells if n_batches > 1 else cells.drop(columns="batch"),
-            var=pd.DataFrame(index=pd.Index(genes)),
-            uns={"control_label": "control", "x_kind": "counts", "truth": truth | false_edges},
-        ),
-        Scale("counts"),
-        perturbation_key="perturbation",
-        control_label="control",
-        context_key="cell_line",
-        batch_key="batch" if n_batches > 1 else None,
-        direction=np.where(cells["perturbation_type"] == "CRISPRa", 1, -1),
+    truth = {"module": network.module, "regulator_modules": network.strength.astype(np.float32)}
+    screen = count_screen(
+        genes,
+        applied,
+        dict(zip(lines, expected, strict=True)),
+        truth | false_edges,
+        n_cells=n_cells,
+        n_controls=n_controls,
+        dropout=dropout,
+        rng=cells_rng,
+        batch_shift=batch_shift,
     )
     return Simulation(screen, graph, _text(network, genes, embedding_dim, embedding_noise, text_rng))
 
@@ -206,13 +174,6 @@ def _combined(network: _Network, treatment: tuple[int, ...], direction: np.ndarr
     """Return the log fold changes [G] of a treatment before any cell line's gain: the sum of singles, mildly damped."""
     rows = list(treatment)
     return (1.0 if len(rows) < 2 else _DAMPING) * (direction[rows, None] * network.effect[rows]).sum(axis=0)
-
-
-def _counts(mean: np.ndarray, dropout: float, rng: np.random.Generator) -> sp.csr_matrix:
-    """Draw negative binomial counts (dispersion 0.1) [n, G] around a mean, with log-normal depth per cell."""
-    depth = rng.lognormal(-0.045, 0.3, (len(mean), 1))  # mean 1
-    counts = rng.poisson(mean * depth * rng.gamma(10, 0.1, mean.shape))
-    return sp.csr_matrix(np.where(rng.random(mean.shape) < dropout, 0, counts).astype(np.float32))
 
 
 def _knowledge(
