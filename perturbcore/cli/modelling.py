@@ -72,6 +72,9 @@ def predict(
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The .h5ad to write; must be new.")],
     n_cells: Annotated[int | None, typer.Option(min=1, help="Cells per perturbation; at most 256 by default.")] = None,
+    embedding: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Vectors of genes that the model's own embedding lacks.")
+    ] = None,
     perturbation: options.Perturbation = "auto",
     control: options.Control = "auto",
     context_column: options.ContextColumn = "auto",
@@ -85,7 +88,7 @@ def predict(
 
     Example: perturbcore predict models/first screen.h5ad --perturbations JAK2,STAT1+IRF1 --out jak2.h5ad
     """
-    from perturbcore.data import read, with_controls
+    from perturbcore.data import GeneEmbedding, read, with_controls
     from perturbcore.models import load
     from perturbcore.run_folder import write_h5ad
 
@@ -94,7 +97,7 @@ def predict(
         raise typer.BadParameter("--perturbations names nothing: give genes such as JAK2,STAT1+IRF1.")
     if out.exists():
         raise FileExistsError(f"{out} exists already. Choose another name, or remove it first.")
-    fitted = load(model)
+    fitted = load(model, None if embedding is None else GeneEmbedding.read(embedding))
     training = fitted.training
     assert training is not None
     cells = read(file, perturbation, control, context_column, batch, scale)

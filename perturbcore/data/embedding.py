@@ -80,6 +80,18 @@ class GeneEmbedding:
         vectors[found] = self.vectors[row[found]]
         return vectors, found
 
+    def add(self, other: GeneEmbedding) -> None:
+        """Take in the genes that only another embedding has; DataError where its vectors are of another length."""
+        if other.dim != self.dim:
+            raise DataError(
+                f"Embedding {other.name!r} has vectors of length {other.dim}, and {self.name!r} of {self.dim}: "
+                "genes can be added only with vectors of the same kind."
+            )
+        new = ~np.isin(other.genes, self.genes)
+        self.genes = np.append(self.genes, other.genes[new])
+        self.vectors = np.vstack([self.vectors, other.vectors[new]])
+        self._row = {gene: row for row, gene in enumerate(self.genes)}
+
     def __repr__(self) -> str:
         return f"GeneEmbedding({self.name}: {len(self.genes):,} genes x {self.dim})"
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from perturbcore.data import GeneEmbedding
 from perturbcore.models.adapert import AdaPert
 from perturbcore.models.base import Model, read_config
 from perturbcore.models.baselines import BASELINES
@@ -12,6 +13,6 @@ MODELS: dict[str, type[Model]] = {"adapert": AdaPert}
 __all__ = ["BASELINES", "MODELS", "AdaPert", "Model", "load"]
 
 
-def load(path: str | os.PathLike[str]) -> Model:
-    """Read a fitted model or baseline of any kind; RunError where the folder holds none."""
-    return (MODELS | BASELINES)[read_config(Path(path))["model"]].load(path)
+def load(path: str | os.PathLike[str], embedding: GeneEmbedding | None = None) -> Model:
+    """Read a fitted model or baseline of any kind, adding to its embedding as `Model.load` does."""
+    return (MODELS | BASELINES)[read_config(Path(path))["model"]].load(path, embedding)

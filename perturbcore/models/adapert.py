@@ -18,12 +18,13 @@ from perturbcore.models.adapert_config import PAPER, AdaPertConfig
 from perturbcore.models.adapert_inputs import Interventions, Linear, Query, Ragged, Sizes, Start, row_of
 from perturbcore.models.adapert_network import AdaPertNetwork
 from perturbcore.models.adapert_objective import AdaPertObjective
-from perturbcore.models.base import Model, Shift, parse
+from perturbcore.models.base import parse
 from perturbcore.models.linear import CommonResponse, GeneVectors, LinearResponse
+from perturbcore.models.response import MeanResponse, Shift
 from perturbcore.training import Schedule, train
 
 
-class AdaPert(Model):
+class AdaPert(MeanResponse):
     """Perturbation-conditioned node selection on a knowledge graph, with non-response pulled to zero.
 
     Every step passes messages once over the shared graph (GATv2), scores the nodes within `hops` of what is perturbed

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,10 +29,9 @@ from perturbcore.data import (
     Split,
     check_knowledge,
     predictions,
-    shift_cells,
 )
 from perturbcore.data.errors import listed, suggest
-from perturbcore.models.sampling import sample_controls
+from perturbcore.models.sampling import Sample, sample_controls
 from perturbcore.models.stored_knowledge import knowledge_digest, load_knowledge, save_knowledge
 from perturbcore.training import CHECKPOINT, METRICS, RunError, check_same, load_tensors, save_tensors, write_atomic
 
@@ -44,11 +43,11 @@ FILES = {"config.json", "model.safetensors", "knowledge.safetensors", METRICS, C
 INTERVENTION = {1: "activation", -1: "repression or knock-out"}
 
 
-class Shift(NamedTuple):
-    """Predicted mean responses, one row per condition asked for."""
+class Answer(NamedTuple):
+    """How a model answers for conditions [P]: what it had to do without, and the cells."""
 
-    delta: np.ndarray  # float32 [P, G]
     fallback: list[str]  # [P], what a missing input was replaced by; "" where nothing was missing
+    cells: Callable[[int, Sample], np.ndarray]  # from control cells those of condition i, float32 [n, G]
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Training:
 
 
 class Model(ABC):
-    """A predictor of the mean response to a perturbation.
+    """A predictor of how cells respond to a perturbation.
 
     Args:
         graph: knowledge graph over genes; whether it is needed depends on the model.
@@ -119,8 +118,8 @@ class Model(ABC):
         """Fit to the training part of a split; what is to be kept goes into `_tensors` and `_state`."""
 
     @abstractmethod
-    def _shift(self, conditions: Sequence[Condition], control: np.ndarray, direction: np.ndarray) -> Shift:
-        """Predict the response of each condition, given its mean control profile [P, G] and direction [P]."""
+    def _answer(self, cells: Screen, conditions: Sequence[Condition], seed: int) -> Answer:
+        """Return how control cells of `cells` become cells of each condition."""
 
     @abstractmethod
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -177,7 +176,7 @@ class Model(ABC):
         self.training = Training(
             genes=tuple(screen.genes.tolist()),
             scale=str(screen.scale),
-            direction=_directions(screen, split.train),
+            direction=directions(screen, split.train),
             directions=tuple(sorted({int(screen.direction[screen.cells(c)[0]]) for c in split.train})),
             seed=seed,
             data=screen.fingerprint,
@@ -203,7 +202,7 @@ class Model(ABC):
         *,
         seed: int = 0,
     ) -> AnnData:
-        """Predict cells: sampled control cells, moved so that their mean is the control mean plus the predicted one.
+        """Predict cells of each condition from control cells sampled in its context.
 
         Args:
             cells: holds the control cells of every context asked for, on the scale and genes of the training screen.
@@ -223,8 +222,8 @@ class Model(ABC):
             raise RuntimeError(f"{self.name} is not fitted: call fit, or load a fitted model")
         cells = self._checked(cells)
         conditions = self._conditions(cells, perturbations)
-        mean, shift = self._shift_of(cells, conditions)
-        missing = {str(c.perturbation): why for c, why in zip(conditions, shift.fallback, strict=True) if why}
+        answer = self._answer(cells, conditions, seed)
+        missing = {str(c.perturbation): why for c, why in zip(conditions, answer.fallback, strict=True) if why}
         if missing:
             count = f"{len(missing)} of {len({c.perturbation for c in conditions})} perturbations"
             example = "{}: {}".format(*next(iter(missing.items())))
@@ -232,36 +231,22 @@ class Model(ABC):
                 raise MissingInput(f"{self.name} would have to fall back for {count}, such as {example}")
             print(f"{self.name} falls back for {count}, such as {example}", file=sys.stderr)
         samples = [sample_controls(cells, condition, n_cells, seed) for condition in conditions]
-        sizes = [len(rows) for rows in samples]
+        sizes = [len(sample.rows) for sample in samples]
         x = np.empty((sum(sizes), cells.num_genes), np.float32)
-        into = np.split(x, np.cumsum(sizes)[:-1])
-        for condition, rows, delta, moved in zip(conditions, samples, shift.delta, into, strict=True):
-            sample = cells.dense(rows)
-            drawn = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
-            moved[:] = shift_cells(sample, drawn, mean[condition.context] + delta - drawn)
+        for i, (sample, predicted) in enumerate(zip(samples, np.split(x, np.cumsum(sizes)[:-1]), strict=True)):
+            predicted[:] = answer.cells(i, sample)
         held = list(zip(conditions, sizes, strict=True))
         adata = predictions(cells, held, x, model=self.name, extra_uns={"fallback": missing, "seed": seed})
-        adata.obs["fallback"] = np.repeat(shift.fallback, sizes)
+        adata.obs["fallback"] = np.repeat(answer.fallback, sizes)
         return adata
 
-    def deltas(self, cells: Screen, conditions: Sequence[Condition]) -> np.ndarray:
-        """Predict mean responses alone, float32 [P, G], from the control cells of each condition's context."""
-        if self.training is None:
-            raise RuntimeError(f"{self.name} is not fitted: call fit, or load a fitted model")
-        return self._shift_of(self._checked(cells), conditions)[1].delta
-
-    def _shift_of(self, cells: Screen, conditions: Sequence[Condition]) -> tuple[dict[str, np.ndarray], Shift]:
-        mean = {context: cells.control_mean(context) for context in sorted({c.context for c in conditions})}
-        usual = _directions(cells, cells.conditions)
-        direction = np.array([self._direction(cells, c, usual) for c in conditions], np.int8)
-        shift = self._shift(conditions, np.stack([mean[c.context] for c in conditions]), direction)
-        fallback = [
-            ", ".join(filter(None, (why, self._unseen_direction(int(sign)))))
-            for why, sign in zip(shift.fallback, direction, strict=True)
-        ]
-        return mean, Shift(shift.delta, fallback)
+    def _directions(self, cells: Screen, conditions: Sequence[Condition]) -> np.ndarray:
+        """Return the direction, int8 [P], of the intervention of each condition."""
+        usual = directions(cells, cells.conditions)
+        return np.array([self._direction(cells, c, usual) for c in conditions], np.int8)
 
     def _unseen_direction(self, direction: int) -> str:
+        """Return what is to be said of a direction of which nothing was learned, "" for any other."""
         assert self.training is not None
         if not self.learns or direction in self.training.directions:
             return ""
@@ -298,18 +283,26 @@ class Model(ABC):
             write_atomic(folder / name, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a model written by `save`; RunError where the folder holds none of this kind."""
+    def load(cls, path: str | os.PathLike[str], embedding: GeneEmbedding | None = None) -> Self:
+        """Read a model written by `save`; RunError where the folder holds none of this kind.
+
+        Genes of `embedding` that the model's own lacks are added to it, so that they can be predicted; those it has
+        stay. DataError where the vectors are of another length, or the model has no embedding.
+        """
         folder = Path(path)
         config = read_config(folder)
         if config["model"] != cls.name:
             raise RunError(f"{folder} holds a fitted {config['model']}, not {cls.name}")
-        graph, embedding = load_knowledge(folder / "knowledge.safetensors")
-        model = cls(graph=graph, embedding=embedding, preset=config["preset"], **config["config"])
+        graph, own = load_knowledge(folder / "knowledge.safetensors")
+        if embedding is not None and own is None:
+            raise DataError(f"{cls.name} in {folder} was fitted without an embedding, so it has no use for one")
+        model = cls(graph=graph, embedding=own, preset=config["preset"], **config["config"])
         training: dict[str, Any] = config["training"]
         lists = {name: tuple(training[name]) for name in ("genes", "directions")}
         model.training = Training(**(training | lists))
         model._restore(load_tensors(folder / "model.safetensors")[0], config["state"])
+        if own is not None and embedding is not None:
+            own.add(embedding)  # once restored: what was fitted does not change
         return model
 
     def _configuration(self) -> dict[str, Any]:
@@ -382,7 +375,8 @@ def _configuration(model: str, config: dict[str, Any], training: Training) -> di
     return {"model": model, "config": config, "seed": training.seed} | hashes | knowledge
 
 
-def _directions(screen: Screen, conditions: Sequence[Condition]) -> dict[str, int]:
+def directions(screen: Screen, conditions: Sequence[Condition]) -> dict[str, int]:
+    """Return the direction of most of the conditions of each context."""
     votes: dict[str, int] = {}
     for condition in conditions:
         votes[condition.context] = votes.get(condition.context, 0) + int(screen.direction[screen.cells(condition)[0]])

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from perturbcore.data import Condition, MissingInput, Perturbation, Screen, Split
-from perturbcore.models.base import Model, Shift
+from perturbcore.models.base import Model
 from perturbcore.models.linear import INTERCEPT, GeneVectors, KernelRidge, Rows, fit_ridge, left_out_with
+from perturbcore.models.response import MeanResponse, Shift
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class BaselineConfig:
     strict: bool = False  # refuse a perturbation that lacks an input
 
 
-class Baseline(Model):
+class Baseline(MeanResponse):
     """A predictor read off the table of measured responses."""
 
     Config = BaselineConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +12,15 @@ from perturbcore.data import Condition, DataError, Screen
 MAX_CELLS = 256  # drawn for a condition, unless the caller asks for another number
 
 
-def sample_controls(cells: Screen, condition: Condition, n_cells: int | None, seed: int) -> np.ndarray:
-    """Return rows [n_cells] of control cells, each of the batch of one of the condition's own cells where it has any.
+class Sample(NamedTuple):
+    """Control cells drawn for a condition."""
+
+    rows: np.ndarray  # int64 [n]
+    batch: np.ndarray  # int32 [n], of the cells they stand for: their own, but where that one has no control cells
+
+
+def sample_controls(cells: Screen, condition: Condition, n_cells: int | None, seed: int) -> Sample:
+    """Draw `n_cells` control cells, each of the batch of one of the condition's own cells where it has any.
 
     By default as many as the condition has cells, else as there are controls, and at most `MAX_CELLS`; DataError for
     none. The draw follows from the seed and the condition's name.
@@ -28,7 +36,7 @@ def sample_controls(cells: Screen, condition: Condition, n_cells: int | None, se
     for batch in np.unique(batches):
         pool = controls[cells.batch_code[controls] == batch]
         chosen.append(_draw(pool if len(pool) else controls, int((batches == batch).sum()), random))
-    return np.concatenate(chosen)
+    return Sample(np.concatenate(chosen), np.sort(batches))
 
 
 def _draw(rows: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
