@@ -18,7 +18,12 @@ GRAPH = (*PRODUCTS, *ATTENTION, "gated_pool", "gated_pool_backward", "masked_spm
 PAIRS = ("energy_distance", "sinkhorn_divergence", "sinkhorn_plan", "emd")
 TRANSPORT = (*PAIRS, *(f"{op}_backward" for op in PAIRS))
 WASSERSTEIN = ("presort", "wasserstein_1d", "wasserstein_1d_backward")
-FAMILY = dict.fromkeys(GRAPH, "graph") | dict.fromkeys((*TRANSPORT, *WASSERSTEIN), "transport")
+TOPK = ("prepare_bank", "cosine_topk", "cosine_topk_backward")
+FAMILY = (
+    dict.fromkeys(GRAPH, "graph")
+    | dict.fromkeys((*TRANSPORT, *WASSERSTEIN), "transport")
+    | dict.fromkeys(TOPK, "selection")
+)
 
 # the module of each backend, the ops that it serves, and the devices that it serves them on
 MODULES = {

@@ -63,6 +63,15 @@ SCHEMAS = {
         f"({ROWS}, bool presorted, float p, bool need_x, bool need_y) -> (Tensor value, Tensor slope_x, Tensor slope_y)"
     ),
     "wasserstein_1d_backward": "(Tensor slope, Tensor? ptr, Tensor grad) -> Tensor",
+    "prepare_bank": "(Tensor bank) -> (Tensor codes, Tensor scale)",
+    "cosine_topk": (
+        "(Tensor query, Tensor bank, Tensor? codes, Tensor? scale, int k, Tensor? exclude)"
+        " -> (Tensor values, Tensor indices, Tensor norms)"
+    ),
+    "cosine_topk_backward": (
+        "(Tensor query, Tensor bank, Tensor values, Tensor indices, Tensor norms, Tensor grad, bool need_query,"
+        " bool need_bank) -> (Tensor grad_query, Tensor grad_bank)"
+    ),
 }
 
 library = Library("perturbcore", "DEF")

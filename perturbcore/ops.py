@@ -8,21 +8,25 @@ y = ops.spmm(graph, x, weight)
 from perturbcore.bindings.backend import BackendError, backend
 from perturbcore.bindings.csr import Graph
 from perturbcore.bindings.graph import GatedPool, gated_pool, gatv2, masked_spmm, sddmm, spmm
+from perturbcore.bindings.topk import Bank, cosine_topk, prepare_bank
 from perturbcore.bindings.transport import SinkhornInfo, emd, energy_distance, sinkhorn_divergence, sinkhorn_plan
 from perturbcore.bindings.wasserstein import Presorted, presort, sliced_wasserstein, wasserstein_1d
 
 __all__ = [
     "BackendError",
+    "Bank",
     "GatedPool",
     "Graph",
     "Presorted",
     "SinkhornInfo",
     "backend",
+    "cosine_topk",
     "emd",
     "energy_distance",
     "gated_pool",
     "gatv2",
     "masked_spmm",
+    "prepare_bank",
     "presort",
     "sddmm",
     "sinkhorn_divergence",

@@ -1,0 +1,6 @@
+"""The selection family in Triton: each op has a file and is named here."""
+
+from perturbcore.kernels.selection.topk_gradient import cosine_topk_backward
+from perturbcore.kernels.selection.topk_reference import cosine_topk, prepare_bank
+
+__all__ = ["cosine_topk", "cosine_topk_backward", "prepare_bank"]
