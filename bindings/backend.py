@@ -19,10 +19,11 @@ PAIRS = ("energy_distance", "sinkhorn_divergence", "sinkhorn_plan", "emd")
 TRANSPORT = (*PAIRS, *(f"{op}_backward" for op in PAIRS))
 WASSERSTEIN = ("presort", "wasserstein_1d", "wasserstein_1d_backward")
 TOPK = ("prepare_bank", "cosine_topk", "cosine_topk_backward")
+CHOICES = ("gumbel_sigmoid", "gumbel_sigmoid_backward", "gumbel_select", "gumbel_select_backward")
 FAMILY = (
     dict.fromkeys(GRAPH, "graph")
     | dict.fromkeys((*TRANSPORT, *WASSERSTEIN), "transport")
-    | dict.fromkeys(TOPK, "selection")
+    | dict.fromkeys((*TOPK, *CHOICES), "selection")
 )
 
 # the module of each backend, the ops that it serves, and the devices that it serves them on

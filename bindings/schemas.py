@@ -14,6 +14,9 @@ POOL = f"Tensor a, Tensor q, Tensor w, Tensor h, Tensor? ptr, Tensor? idx, {GATE
 CLOUDS = "Tensor x, Tensor y"
 GRADIENTS = "Tensor grad, bool need_x, bool need_y) -> (Tensor grad_x, Tensor grad_y)"
 ROWS = "Tensor x, Tensor? ptr, Tensor y, Tensor? x_weights, Tensor? y_weights"
+PARAMS = "Tensor ln_weight, Tensor ln_bias, Tensor A1, Tensor a1, Tensor A2, Tensor a2, Tensor F, Tensor f"
+CHOICE = "float tau, bool hard, int? seed, str scale, float dropout"
+SELECT = f"Tensor cells, Tensor pert, Tensor cand, {PARAMS}, Tensor? noise, {CHOICE}"
 
 SCHEMAS = {
     "spmm": f"({CSR}, Tensor? weight, Tensor x) -> Tensor",
@@ -71,6 +74,14 @@ SCHEMAS = {
     "cosine_topk_backward": (
         "(Tensor query, Tensor bank, Tensor values, Tensor indices, Tensor norms, Tensor grad, bool need_query,"
         " bool need_bank) -> (Tensor grad_query, Tensor grad_bank)"
+    ),
+    "gumbel_sigmoid": "(Tensor logits, Tensor? noise, float tau, bool hard, int? seed) -> Tensor",
+    "gumbel_sigmoid_backward": "(Tensor logits, Tensor? noise, float tau, int? seed, Tensor grad) -> Tensor",
+    "gumbel_select": f"({SELECT}) -> (Tensor context, Tensor keep, Tensor logits)",
+    "gumbel_select_backward": (
+        f"({SELECT}, Tensor logits, Tensor? grad_context, Tensor? grad_keep)"
+        " -> (Tensor grad_cells, Tensor grad_pert, Tensor grad_cand, Tensor grad_ln_weight, Tensor grad_ln_bias,"
+        " Tensor grad_A1, Tensor grad_a1, Tensor grad_A2, Tensor grad_a2, Tensor grad_F, Tensor grad_f)"
     ),
 }
 

@@ -8,6 +8,7 @@ y = ops.spmm(graph, x, weight)
 from perturbcore.bindings.backend import BackendError, backend
 from perturbcore.bindings.csr import Graph
 from perturbcore.bindings.graph import GatedPool, gated_pool, gatv2, masked_spmm, sddmm, spmm
+from perturbcore.bindings.selection import SelectParams, gumbel_select, gumbel_sigmoid
 from perturbcore.bindings.topk import Bank, cosine_topk, prepare_bank
 from perturbcore.bindings.transport import SinkhornInfo, emd, energy_distance, sinkhorn_divergence, sinkhorn_plan
 from perturbcore.bindings.wasserstein import Presorted, presort, sliced_wasserstein, wasserstein_1d
@@ -18,6 +19,7 @@ __all__ = [
     "GatedPool",
     "Graph",
     "Presorted",
+    "SelectParams",
     "SinkhornInfo",
     "backend",
     "cosine_topk",
@@ -25,6 +27,8 @@ __all__ = [
     "energy_distance",
     "gated_pool",
     "gatv2",
+    "gumbel_select",
+    "gumbel_sigmoid",
     "masked_spmm",
     "prepare_bank",
     "presort",

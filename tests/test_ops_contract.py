@@ -8,6 +8,7 @@ import sys
 import threading
 
 import contract_graph
+import contract_selection
 import contract_topk
 import contract_transport
 import contract_wasserstein
@@ -19,7 +20,7 @@ from inputs import normal, requiring_grad
 from perturbcore import ops
 
 raw = torch.ops.perturbcore
-FAMILIES = (contract_graph, contract_topk, contract_transport, contract_wasserstein)
+FAMILIES = (contract_graph, contract_selection, contract_topk, contract_transport, contract_wasserstein)
 FAMILY = {name: family for family in FAMILIES for name in family.cases()}
 CASES = list(FAMILY)
 OPCHECKS = {name: arguments for family in FAMILIES for name, arguments in family.OPCHECKS.items()}
