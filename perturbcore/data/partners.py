@@ -9,8 +9,8 @@ import numpy as np
 from perturbcore.data.embedding import GeneEmbedding
 from perturbcore.data.errors import DataError
 from perturbcore.data.knowledge import KnowledgeGraph
-from perturbcore.data.perturbation import Perturbation
-from perturbcore.data.simulated_cells import OWN_GENE, Treatment, count_screen, expected_counts
+from perturbcore.data.perturbation import Condition, Perturbation
+from perturbcore.data.simulated_cells import Treatment, count_screen, expected_counts
 from perturbcore.data.simulator import Simulation
 
 _IN_PROGRAMS = 0.8  # share of genes that belong to a program; the others never respond
@@ -31,8 +31,8 @@ class _Families(NamedTuple):
 
 
 def simulate_partners(
-    n_genes: int = 240,
-    n_families: int = 32,
+    n_genes: int = 120,
+    n_families: int = 64,
     n_contexts: int = 6,
     *,
     partners: int = 2,
@@ -51,17 +51,18 @@ def simulate_partners(
     Perturbed genes come in families of one *lead* and, for each state of a cell, `partners` *partners* of that kind.
     The partners of a kind share a program: a module of genes, up or down; which, is drawn for each family. In cell
     lines of state A a lead runs the program of its partners of kind A, in those of state B that of kind B; a partner
-    runs its own everywhere. Cell lines (line1 has state A, line2 state B, and so on) differ in baseline expression, in
-    the marker genes of their state, and in how strongly they run each program. Counts are drawn as in `simulate`.
+    runs its own. Leads are perturbed in every cell line, a partner in one. Cell lines (line1 has state A, line2 state
+    B, and so on) differ in baseline expression, in the marker genes of their state, and in how strongly they run each
+    program. Counts are drawn as in `simulate`. The perturbed genes are not among the measured ones.
 
     The embedding tells, with noise, the family of a lead and nothing else; of a partner its family, its kind and its
-    program; of every other gene its module. So the nearest neighbours of a lead are its partners, their text together
-    with the state of the cell tells its response, and half of them mislead (two states). The graph links the genes of a
-    family, and a partner to 60 % of the genes it moves.
+    program; of a measured gene its module. So the nearest neighbours of a lead are its partners, their text together
+    with the state of the cell tells its response, and of two states' partners one half mislead. The graph links the
+    genes of a family, and a partner to 60 % of the genes it moves.
 
     Args:
-        n_genes: genes G, perturbed ones included.
-        n_families: families; each has 1 + `n_states` x `partners` perturbed genes, all measured in every cell line.
+        n_genes: measured genes G, at least five for each program.
+        n_families: families; each has 1 + `n_states` x `partners` perturbed genes.
         n_contexts: cell lines, at least one for each state.
         partners: partners of each kind in a family.
         n_states: states of cells, and kinds of partners: 2 to 26.
@@ -87,9 +88,8 @@ def simulate_partners(
             f"n_states must be 2 to 26, with a context and a program for each; it is {n_states}, with {n_contexts} "
             f"contexts and {n_programs} programs."
         )
-    n_perturbed = n_families * (1 + n_states * partners)
-    if n_genes < n_perturbed + 5 * n_programs:
-        raise DataError(f"{n_genes} genes are too few for {n_perturbed} perturbed ones and {n_programs} programs.")
+    if n_genes < 5 * n_programs:
+        raise DataError(f"{n_genes} genes are too few for {n_programs} programs of at least five.")
     if embedding_dim <= n_programs + n_states:
         raise DataError(f"embedding_dim must be more than {n_programs} programs and {n_states} states together.")
     if not 0 <= dropout < 1:
@@ -97,10 +97,10 @@ def simulate_partners(
 
     family_rng, cells_rng, graph_rng, text_rng = np.random.default_rng(seed).spawn(4)
     families = _families(n_families, partners, n_states, n_programs, family_rng)
-    genes = np.concatenate([families.names, [f"GENE{i + 1:04d}" for i in range(n_genes - n_perturbed)]])
+    genes = np.array([f"GENE{i + 1:04d}" for i in range(n_genes)])
     in_program = family_rng.random(n_genes) < _IN_PROGRAMS
     module = np.where(in_program, family_rng.permutation(np.arange(n_genes) % n_programs), -1)
-    loading = family_rng.uniform(0.5, 1.5, n_genes) * family_rng.choice([-1.0, 1.0], n_genes)
+    loading = family_rng.uniform(0.7, 2.0, n_genes) * family_rng.choice([-1.0, 1.0], n_genes)
 
     lines = [f"line{line + 1}" for line in range(n_contexts)]
     state = np.arange(n_contexts) % n_states
@@ -108,19 +108,17 @@ def simulate_partners(
     markers = np.where(cells_rng.random((n_states, n_genes)) < _STATE_GENES, _STATE_SHIFT, 0.0)
     baseline = cells_rng.normal(0, 0.7, n_genes) + cells_rng.normal(0, 0.4, (n_contexts, n_genes)) + markers[state]
 
-    treatments = []
+    treatments, at = [], {}
     for line, context in enumerate(lines):
         treatments.append(Treatment(context, Perturbation(()), -1, np.zeros(n_genes)))
-        for gene, name in enumerate(families.names):
-            program = families.program[gene, state[line]]
-            effect = np.where(module == program, families.sign[gene, state[line]] * gain[line, program] * loading, 0.0)
-            effect[gene] = -OWN_GENE
-            treatments.append(Treatment(context, Perturbation((str(name),)), -1, effect))
+        for gene, name in enumerate(map(str, families.names)):
+            if families.kind[gene] < 0 or gene % n_contexts == line:
+                program, sign = families.program[gene, state[line]], families.sign[gene, state[line]]
+                effect = np.where(module == program, sign * gain[line, program] * loading, 0.0)
+                treatments.append(Treatment(context, Perturbation((name,)), -1, effect))
+                at[Condition(context, Perturbation((name,)))] = (line, gene)
+    of_line, of_gene = np.array([at[condition] for condition in sorted(at)]).T
 
-    conditions = sorted((context, str(name)) for context in lines for name in families.names)
-    at = {name: i for i, name in enumerate(families.names)}
-    of_gene = np.array([at[name] for _, name in conditions])
-    of_line = np.array([lines.index(context) for context, _ in conditions])
     letters = np.array([chr(ord("A") + kind) for kind in range(n_states)])
     truth = {
         "candidates": families.names,
@@ -144,7 +142,7 @@ def simulate_partners(
     axes, _ = np.linalg.qr(text_rng.normal(size=(embedding_dim, n_programs + n_states)))
     vectors = _text(families, module, axes.T[:n_programs], axes.T[n_programs:], text_rng)
     vectors += text_rng.normal(0, embedding_noise / np.sqrt(embedding_dim), vectors.shape)
-    return Simulation(screen, graph, GeneEmbedding("simulated", genes, vectors))
+    return Simulation(screen, graph, GeneEmbedding("simulated", [*families.names, *genes], vectors))
 
 
 def _families(n_families: int, partners: int, n_states: int, n_programs: int, rng: np.random.Generator) -> _Families:
@@ -173,23 +171,23 @@ def _helps(families: _Families, state: np.ndarray) -> np.ndarray:
 
 def _graph(families: _Families, genes: np.ndarray, module: np.ndarray, rng: np.random.Generator) -> KnowledgeGraph:
     """Link the members of a family with each other, and partners with most of the genes they move."""
+    nodes, n = np.concatenate([families.names, genes]), len(families.names)
     within = np.argwhere(families.family[:, None] == families.family)
     edges = [within[within[:, 0] != within[:, 1]]]
     for partner in np.flatnonzero(families.kind >= 0):
         moved = np.flatnonzero((module == families.program[partner, 0]) & (rng.random(len(genes)) < _KNOWN))
-        edges.append(np.stack([np.full(len(moved), partner), moved], axis=1)[moved != partner])
+        edges.append(np.stack([np.full(len(moved), partner), n + moved], axis=1))
     source, target = np.concatenate(edges).T
-    return KnowledgeGraph.from_edges("simulated", genes[source], genes[target], nodes=genes)
+    return KnowledgeGraph.from_edges("simulated", nodes[source], nodes[target], nodes=nodes)
 
 
 def _text(
     families: _Families, module: np.ndarray, topic: np.ndarray, marker: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Describe a lead by its family, a partner also by its kind and its program, any other gene by its module."""
+    """Describe a lead by its family, a partner also by its kind and its program, a measured gene by its module."""
     origin = rng.normal(size=(families.family.max() + 1, topic.shape[1]))
     origin -= origin @ topic.T @ topic + origin @ marker.T @ marker  # a family's name tells neither kind nor program
     origin /= np.linalg.norm(origin, axis=1, keepdims=True)
     own = _MARKER * marker[families.kind] + _CODE * families.sign[:, :1] * topic[families.program[:, 0]]
-    vectors = np.where(module[:, None] >= 0, topic[module], 0)
-    vectors[: len(own)] = origin[families.family] + np.where(families.kind[:, None] >= 0, own, 0)
-    return vectors
+    perturbed = origin[families.family] + np.where(families.kind[:, None] >= 0, own, 0)
+    return np.concatenate([perturbed, np.where(module[:, None] >= 0, topic[module], 0)])

@@ -14,8 +14,6 @@ from perturbcore.data.perturbation import Condition, Perturbation
 from perturbcore.data.scale import Scale
 from perturbcore.data.screen import Screen
 
-OWN_GENE = 2.0  # log fold change of the perturbed gene itself
-
 
 class Treatment(NamedTuple):
     """What one perturbation, or none, does to a cell line."""

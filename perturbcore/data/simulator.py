@@ -12,11 +12,12 @@ from perturbcore.data.errors import DataError
 from perturbcore.data.knowledge import KnowledgeGraph
 from perturbcore.data.perturbation import Perturbation
 from perturbcore.data.screen import Screen
-from perturbcore.data.simulated_cells import OWN_GENE, Treatment, count_screen, expected_counts
+from perturbcore.data.simulated_cells import Treatment, count_screen, expected_counts
 
 _IN_MODULES = 0.8  # share of genes that belong to a module; the others never respond
 _RESPONDING = 0.6  # share of a target module that a regulator acts on
 _KNOWN = 0.9  # share of the true edges that the knowledge graph holds
+_OWN_GENE = 2.0  # log fold change of the perturbed gene itself
 _DAMPING = 0.9  # a double does a little less than its two singles together
 
 
@@ -124,7 +125,7 @@ def simulate(
     for line, context in enumerate(lines):
         for treatment in [(), *treatments]:
             effect = _combined(network, treatment, direction) * gain[line]
-            effect[list(treatment)] = OWN_GENE * direction[list(treatment)]
+            effect[list(treatment)] = _OWN_GENE * direction[list(treatment)]
             pushed = int(direction[treatment[0]]) if treatment else -1
             applied.append(Treatment(context, Perturbation(tuple(genes[list(treatment)])), pushed, effect))
 
