@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import t
 
+from perturbcore.benches.measured import knowledge, measured, text
+from perturbcore.benches.values import Values, t_half_width
 from perturbcore.data import (
     Condition,
     GeneEmbedding,
@@ -35,7 +36,6 @@ from perturbcore.data import (
     Simulation,
     Split,
     prepare,
-    read,
     simulate,
     unseen_perturbation,
 )
@@ -142,34 +142,15 @@ def task_of(simulation: Simulation, split: Split) -> Task:
     return Task(screen, split, simulation.graph, simulation.embedding, responds)
 
 
-def folder() -> Path:
-    """Return the folder of measured screens."""
-    return Path(os.environ["PERTURBCORE_DATA"])
-
-
-@functools.cache
-def knowledge(name: str) -> KnowledgeGraph:
-    """Read a graph of the data folder."""
-    return KnowledgeGraph.read(folder() / name, verbose=False)
-
-
-@functools.cache
-def measured(name: str, line: str | None = None) -> Screen:
-    """Read a screen of the data folder, or one cell line of it."""
-    screen = read(folder() / "perturb_seq" / name, verbose=False)
-    return screen if line is None else screen.subset(np.flatnonzero(screen.adata.obs["cell_line"] == line))
-
-
 def real(name: str, line: str | None, seed: int) -> Task:
     """Return the task of an unseen perturbation on a measured screen, with STRING and the text of the genes."""
     screen = measured(name, line)
     split = unseen_perturbation(screen, seed=seed)
-    text = GeneEmbedding.read(folder() / "gene_text" / "gene_text_lsa128.npz")
     prepared = prepare(screen, split)
     labels = deg_labels(prepared, split.test)
     responds = np.zeros((len(split.test), prepared.num_genes), bool)
     responds[np.repeat(np.arange(len(split.test)), np.diff(labels.ptr)), labels.idx] = True
-    return Task(prepared, split, knowledge("networks/string_v12_human_no_textmining.csv.gz"), text, responds)
+    return Task(prepared, split, knowledge("networks/string_v12_human_no_textmining.csv.gz"), text(), responds)
 
 
 SCREENS: dict[str, Callable[[int], Task]] = {
@@ -269,7 +250,7 @@ def differences(values: pd.DataFrame) -> pd.DataFrame:
         wide.groupby(level=["screen", "metric"], sort=False),
     )
     n = groups.count()
-    half = n.map(lambda k: t.ppf(0.975, k - 1) / k**0.5 if k > 1 else np.nan) * groups.std()
+    half = n.map(lambda k: t_half_width(1.0, k)) * groups.std()
     parts = {
         "n": n,
         "mean": kept.mean(),
@@ -321,19 +302,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name} left out: PERTURBCORE_DATA names no folder of measured screens", file=sys.stderr)
     if not screens:
         return 2
-    rows = pd.read_csv(given.values).to_dict("records") if given.values and given.values.exists() else []
+    values = Values(given.values)
     wanted = [v for v in VARIANTS if v.part in (FULL, *given.part)]
     for screen, seed in itertools.product(screens, given.seeds):
-        done = {row["variant"] for row in rows if (row["screen"], row["seed"]) == (screen, seed)}
-        for name, values in results(screen, seed, wanted, done):
-            print(screen, seed, name, json.dumps(values), file=sys.stderr, flush=True)
-            keys = {"screen": screen, "seed": seed, "variant": name}
-            rows += [keys | {"metric": metric, "value": value} for metric, value in values.items()]
-            if given.values:
-                pd.DataFrame(rows).to_csv(given.values, index=False)
-    found = differences(pd.DataFrame(rows))
+        keys = {"screen": screen, "seed": seed}
+        for name, found in results(screen, seed, wanted, values.done("variant", keys)):
+            print(screen, seed, name, json.dumps(found), file=sys.stderr, flush=True)
+            values.add(keys | {"variant": name, "metric": metric, "value": value} for metric, value in found.items())
+    compared = differences(values.table())
     for screen in screens:
-        print(f"\n{screen}\n\n{table(found, screen)}")
+        print(f"\n{screen}\n\n{table(compared, screen)}")
     return 0
 
 

@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from perturbcore.benches import ablation
+from perturbcore.benches.values import Values
 from perturbcore.data import simulate, unseen_perturbation
 from perturbcore.models import AdaPert
 
@@ -100,3 +101,16 @@ def test_table_marks_what_is_clear():
     assert lines[3] == "| less | -0.200 [-0.200, -0.200] * |"
     assert lines[4].startswith("| unclear | +0.000 [")
     assert "*" not in lines[4]
+
+
+def test_values_resume_and_a_gene_called_na_is_no_missing_value(tmp_path):
+    path = tmp_path / "values.csv"
+    first = Values(path)
+    first.add([{"screen": "s", "seed": 0, "variant": "naive", "perturbation": "NA", "w1": 1 / 3, "kept": np.nan}])
+    again = Values(path)
+    assert again.done("variant", {"screen": "s", "seed": 0}) == {"naive"}
+    assert again.done("variant", {"screen": "s", "seed": 1}) == set()
+    assert again.rows[0]["perturbation"] == "NA"
+    assert np.isnan(again.rows[0]["kept"])
+    assert again.rows[0]["w1"] == pytest.approx(1 / 3, abs=1e-6)
+    assert Values(None).rows == []

@@ -102,18 +102,7 @@ class Scores:
 
     def paired(self, first: str, second: str, metric: str) -> Paired:
         """Compare two models condition by condition, on the conditions where both have a value."""
-        one, other = self.values(first, metric), self.values(second, metric)
-        difference = one - other
-        finite = np.isfinite(difference)
-        n = int(finite.sum())
-        if not n:
-            return Paired(*(np.nan,) * 5, 0)
-        low, high = (np.nan, np.nan)
-        if n > 1:
-            low, high = interval(weighted_mean(difference, draw_weights(len(difference), self.seed)))
-        p_value = wilcoxon(difference[finite], method="asymptotic").pvalue if np.any(difference[finite]) else np.nan
-        p_mannwhitney = mannwhitneyu(one[finite], other[finite], method="asymptotic").pvalue
-        return Paired(float(difference[finite].mean()), low, high, float(p_value), float(p_mannwhitney), n)
+        return paired(self.values(first, metric), self.values(second, metric), self.seed)
 
     def comparisons(
         self,
@@ -132,17 +121,36 @@ class Scores:
             for model, other in chosen
         ]
         table = pd.DataFrame(rows, columns=["model", "other", "metric", *Paired._fields])
-        tested = table["p_value"].notna()
-        table["fdr"] = np.nan
-        if tested.any():
-            table.loc[tested, "fdr"] = false_discovery_control(table.loc[tested, "p_value"])
-        return table
+        return table.assign(fdr=corrected(table["p_value"].to_numpy(np.float64)))
 
     def verdict(self, model: str) -> list[str]:
         """Say in plain sentences whether a model beats the others, and whether it has collapsed to a mean response."""
         from perturbcore.metrics.verdict import verdict
 
         return verdict(self, model)
+
+
+def paired(one: Values, other: Values, seed: int) -> Paired:
+    """Compare two models by their values [P] on the same conditions, where both are finite; bootstrap from `seed`."""
+    difference = one - other
+    finite = np.isfinite(difference)
+    n = int(finite.sum())
+    if not n:
+        return Paired(*(np.nan,) * 5, 0)
+    low, high = (np.nan, np.nan)
+    if n > 1:
+        low, high = interval(weighted_mean(difference, draw_weights(len(difference), seed)))
+    p_value = wilcoxon(difference[finite], method="asymptotic").pvalue if np.any(difference[finite]) else np.nan
+    p_mannwhitney = mannwhitneyu(one[finite], other[finite], method="asymptotic").pvalue
+    return Paired(float(difference[finite].mean()), low, high, float(p_value), float(p_mannwhitney), n)
+
+
+def corrected(p_values: Values) -> Values:
+    """False discovery rates of Benjamini and Hochberg over the p-values that are not NaN; NaN for the others."""
+    rate, tested = np.full(len(p_values), np.nan), np.isfinite(p_values)
+    if tested.any():
+        rate[tested] = false_discovery_control(p_values[tested])
+    return rate
 
 
 def draw_weights(n: int, seed: int) -> Values:

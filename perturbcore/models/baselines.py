@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from perturbcore.data import Condition, MissingInput, Perturbation, Screen, Split
-from perturbcore.models.base import Model
 from perturbcore.models.linear import INTERCEPT, GeneVectors, KernelRidge, Rows, fit_ridge, left_out_with
 from perturbcore.models.response import MeanResponse, Shift
 
@@ -231,6 +230,6 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.where(norm > 0, norm, 1)
 
 
-BASELINES: dict[str, type[Model]] = {
+BASELINES: dict[str, type[Baseline]] = {
     model.name: model for model in (ControlMean, PerturbationMean, Additive, NearestNeighbour, Ridge)
 }
