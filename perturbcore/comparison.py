@@ -258,6 +258,10 @@ def _run_model(
         write_atomic(folder / "subgraph.csv", selected.to_csv(index=False).encode())
         edges = outward_edges(selected, model.graph)
         write_atomic(folder / "subgraph_edges.csv", edges.to_csv(index=False).encode())
+    if folder is not None and hasattr(model, "retrieved"):
+        neighbours = model.retrieved(screen, split.test, seed=seed)
+        if len(neighbours):
+            write_atomic(folder / "retrieved.csv", neighbours.to_csv(index=False).encode())
     return card, predicted
 
 

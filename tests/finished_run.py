@@ -21,6 +21,7 @@ METRICS = {
     "mae_delta": 0.0,
     "variance_ratio": 1.0,
 }
+CONTEXTS = ["K562", "A_line_of_a_long_name", "RPE1"]
 HEADLINES = ("pearson_delta_disjoint", "discrimination_score_l1")
 SCORES = ["model", "metric", "mean", "ci_low", "ci_high", "n"]
 
@@ -32,7 +33,10 @@ def make_run(
     perturbations: Sequence[str] = PERTURBATIONS,
     genes: Sequence[str] = GENES,
 ) -> Path:
-    """A run in one context; the first trained model scores 0.61, every other 0.1 less than the one before it."""
+    """A run in one context; the first trained model scores 0.61, every other 0.1 less than the one before it.
+
+    PT-RAG, where it is trained, has also looked at other contexts.
+    """
     shape = (len(perturbations), len(genes))
     real = np.random.default_rng(0).normal(size=shape)
     predicted = {name: 0.5 * real + 0.2 * i for i, name in enumerate(trained)} | {
@@ -56,8 +60,24 @@ def make_run(
         _write_training(folder / "models" / name)
     if "adapert" in trained:
         _write_subgraph(folder / "models" / "adapert", perturbations[0], genes)
+    if "ptrag" in trained:
+        write_retrieved(folder, perturbations)
     _write_manifest(folder, trained, means, shape)
     return folder
+
+
+def write_retrieved(
+    folder: Path, perturbations: Sequence[str], contexts: Sequence[str] = CONTEXTS, candidates: int = 5
+) -> None:
+    """Candidates C0, C1, ...: of those, context j keeps two, Cj and the next; the last context keeps none."""
+    rows = [
+        (c, p, f"C{i}", 0.9 - 0.1 * i, 0.8 if i in (j, j + 1) and j + 1 < len(contexts) else 0.3 - 0.01 * i)
+        for j, c in enumerate(contexts)
+        for p in perturbations
+        for i in range(candidates)
+    ]
+    table = pd.DataFrame(rows, columns=["context", "perturbation", "candidate", "similarity", "probability"])
+    table.to_csv(folder / "models" / "ptrag" / "retrieved.csv", index=False)
 
 
 def edit_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -144,6 +164,7 @@ def _write_manifest(folder: Path, trained: Sequence[str], means: dict[str, float
         "machine": "2 CPU threads",
         "seed": 0,
         "preset": "default",
+        "configuration": {"models": {name: {"retrieval": "ptrag"} for name in trained if name == "ptrag"}},
         "data": {
             "name": "screen", "source": "screen.h5ad", "fingerprint": "ab" * 32, "cells": 1000, "control_cells": 200,
             "control_label": "NT", "genes": 50, "genes_used": shape[1], "perturbations": 12, "contexts": ["K562"],

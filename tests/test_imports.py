@@ -34,7 +34,10 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
         },
         None,
     ),
-    "perturbcore.report": ({"perturbcore.report", "perturbcore.metrics", "perturbcore.data"}, None),
+    "perturbcore.report": (
+        {"perturbcore.report", "perturbcore.metrics", "perturbcore.retrieval", "perturbcore.data"},
+        None,
+    ),
 }
 
 

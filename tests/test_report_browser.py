@@ -80,7 +80,7 @@ def test_every_section_is_drawn_and_every_link_leads_to_one(browser: Browser, pa
     )
     assert drawn == [name for name, _ in SECTIONS]
     assert browser.evaluate("[...document.querySelectorAll('nav a')].map(a => a.hash.slice(1))") == drawn
-    for kind in ("scatter", "bars", "volcano", "network", "curve"):
+    for kind in ("scatter", "bars", "volcano", "network", "grid", "curve"):
         size = browser.evaluate(
             f"(r => [r.width, r.height])(document.querySelector('svg.{kind}').getBoundingClientRect())"
         )

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def fit(
     file: options.Screen,
-    model: Annotated[str, typer.Option(metavar="NAME", help="Which model: adapert, or a baseline such as ridge.")],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="Which model: adapert, ptrag, or a baseline such as ridge.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the fitted model; must be new or empty.")],
     knowledge: options.Knowledge = None,
     embedding: options.Embedding = None,
@@ -38,6 +40,8 @@ def fit(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit in DIR.")] = False,
 ) -> None:
     """Fit one model to a screen and save it.
+
+    adapert needs --knowledge, a network of genes; ptrag needs --embedding, vectors of genes to look neighbours up by.
 
     Example: perturbcore fit screen.h5ad --model adapert --knowledge string.csv.gz --out models/first
     """

@@ -16,10 +16,11 @@ from perturbcore.metrics.verdict import HEADLINES
 SCORES = ("model", "metric", "mean", "ci_low", "ci_high", "n")
 PER_PERTURBATION = ("model", "context", "perturbation", "metric", "value")
 CEILING = ("metric", "mean", "ci_low", "ci_high", "n", "full_depth")
+RETRIEVED = ("context", "perturbation", "candidate", "similarity", "probability")
 PAIRED = ("model", "other", "metric", "difference", "ci_low", "ci_high", "p_value", "p_mannwhitney", "fdr", "n")
-TEXT = ("model", "other", "context", "perturbation", "metric", "gene", "source", "target")
+TEXT = ("model", "other", "context", "perturbation", "metric", "gene", "source", "target", "candidate")
 NUMBERS = (
-    *("mean", "value", "ci_low", "ci_high", "full_depth", "score", "weight"),
+    *("mean", "value", "ci_low", "ci_high", "full_depth", "score", "weight", "similarity", "probability"),
     *("difference", "p_value", "p_mannwhitney", "fdr"),
 )
 HEADLINE = next(iter(HEADLINES))  # the metric that ranks models
@@ -71,6 +72,7 @@ class Run:
     curves: dict[str, pd.DataFrame]  # model → one row per logged step
     subgraph: pd.DataFrame | None
     subgraph_edges: pd.DataFrame | None
+    retrieved: pd.DataFrame | None
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -96,6 +98,7 @@ class Run:
             )
         deltas = _deltas(path / "deltas.npz")
         subgraph, edges = (path / "models" / "adapert" / name for name in ("subgraph.csv", "subgraph_edges.csv"))
+        retrieved = path / "models" / "ptrag" / "retrieved.csv"
         return cls(
             path=path,
             manifest=manifest,
@@ -112,11 +115,16 @@ class Run:
             },
             subgraph=_table(subgraph, ("perturbation", "gene", "score", "hops")) if subgraph.exists() else None,
             subgraph_edges=_table(edges, ("perturbation", "source", "target")) if edges.exists() else None,
+            retrieved=_table(retrieved, RETRIEVED) if retrieved.exists() else None,
         )
 
     def fitted(self, kind: str) -> list[str]:
         """Names of the fitted models of a kind, "model" or "baseline", in the order they ran."""
         return [name for name, m in self.manifest["models"].items() if m["kind"] == kind and m["status"] == "fitted"]
+
+    def setting(self, model: str, field: str) -> Any:
+        """What a model's configuration said of a field; None where it has no such field."""
+        return self.manifest["configuration"]["models"].get(model, {}).get(field)
 
     def tone(self, model: str) -> str:
         """The colour class of a model: one hue for each trained model, one grey for all baselines."""

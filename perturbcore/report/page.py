@@ -12,6 +12,7 @@ from markupsafe import Markup
 from perturbcore.report import genes, models, summary
 from perturbcore.report.conditions import perturbations
 from perturbcore.report.folder import Run
+from perturbcore.report.neighbours import neighbours
 from perturbcore.report.panels import panels, table
 from perturbcore.report.summary import typeset
 from perturbcore.report.words import (
@@ -71,6 +72,7 @@ def render(run: Run) -> str:
         collapse=panels(run, COLLAPSE),
         signs=[_signs(run, model) for model in run.fitted("model")],
         subgraphs=models.subgraphs(run),
+        retrieved=neighbours(run),
         training=models.training(run),
         data=_data(run),
         split=_split(run),

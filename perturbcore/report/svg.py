@@ -250,6 +250,45 @@ def network(
     return _svg(height, alt, body, "network")
 
 
+def grid(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: np.ndarray,
+    *,
+    threshold: float | None,
+    tone: str,
+    label: str,
+    alt: str,
+) -> Markup:
+    """Shares [R, C] from 0 to 1 as bars, a column of them for each context; those above the threshold are filled.
+
+    A share that is not finite is left out; without a threshold all are filled.
+    """
+    left, top, row = 14 + 6.8 * max((len(name[:13]) for name in rows), default=0), 26.0, 17.0
+    pitch = (WIDTH - left) / max(len(columns), 1)
+    wide, bottom = min(pitch - 8, 96.0), top + row * len(rows)
+    body = []
+    for j, column in enumerate(columns):
+        x = left + pitch * j
+        room = int(pitch / 5.8)
+        title = f"<title>{escape(column)}</title>" if len(column) > room else ""
+        name = column if len(column) <= room else f"{column[: room - 1]}…"
+        body.append(f'<text x="{x:.1f}" y="{top - 8:.1f}" class="tick">{escape(name)}{title}</text>')
+        body.append(_line(x, top - 2, x, bottom, "zero"))
+        if threshold is not None:
+            body.append(_line(x + threshold * wide, top - 2, x + threshold * wide, bottom, "ideal"))
+    for i, name in enumerate(rows):
+        y = top + row * (i + 0.5)
+        body.append(_text(left - 8, y + 4, name[:13], "gene", "end"))
+        for j, value in enumerate(values[i].tolist()):
+            if np.isfinite(value):
+                kind = "kept" if threshold is None or value > threshold else "dropped"
+                size = f'x="{left + pitch * j:.1f}" y="{y - 5:.1f}" width="{max(value * wide, 0.8):.1f}" height="10"'
+                hint = escape(f"{name} in {columns[j]}: {label} {number(value, 2)}")
+                body.append(f'<rect {size} class="{kind} {tone}"><title>{hint}</title></rect>')
+    return _svg(bottom + 6, alt, body, "grid")
+
+
 def curve(epochs: np.ndarray, values: np.ndarray, *, tone: str, best: float | None, alt: str) -> Markup:
     """One series over epochs [T], gaps skipped; `best` marks the epoch whose weights were kept."""
     left, right, top, bottom = 44.0, WIDTH - 8.0, 10.0, 168.0

@@ -54,6 +54,7 @@ SECTIONS = [
     ("distributions", "Distributions"),
     ("collapse", "Collapse"),
     ("subgraph", "Selected genes"),
+    ("retrieved", "Retrieved neighbours"),
     ("training", "Training"),
     ("data", "Data"),
     ("skipped", "Skipped"),
