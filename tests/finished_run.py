@@ -57,7 +57,7 @@ def make_run(
     means = {name: 0.61 - 0.1 * i for i, name in enumerate(trained)} | MEANS
     _write_scores(folder, means, perturbations)
     for name in trained:
-        _write_training(folder / "models" / name)
+        _write_training(folder / "models" / name, "val_minus_energy" if name == "ptrag" else "val_pearson_delta")
     if "adapert" in trained:
         _write_subgraph(folder / "models" / "adapert", perturbations[0], genes)
     if "ptrag" in trained:
@@ -129,11 +129,11 @@ def _undefined(model: str, metric: str) -> bool:
     return model == "control_mean" and metric.startswith("pearson")
 
 
-def _write_training(folder: Path) -> None:
+def _write_training(folder: Path, metric: str) -> None:
     folder.mkdir(parents=True)
-    records = [{"epoch": 0, "val_pearson_delta": 0.1, "val_conditions": 3}] + [
-        {"epoch": e, "loss": 1 / e, "val_pearson_delta": v, "val_conditions": 3}
-        for e, v in ((1, 0.3), (2, 0.5), (3, 0.4))
+    kept = {"kept": 0.4} if metric == "val_minus_energy" else {}
+    records = [{"epoch": 0, metric: 0.1, "val_conditions": 3}] + [
+        {"epoch": e, "loss": 1 / e, metric: v, "val_conditions": 3} | kept for e, v in ((1, 0.3), (2, 0.5), (3, 0.4))
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 

@@ -224,6 +224,14 @@ def test_inspect_prints_what_a_program_can_read(files: Files, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "knows 12 of 12 perturbed genes" in said
     assert said.rstrip().endswith("This screen can be used.")
+    assert "adapert can run" in said
+
+
+def test_inspect_says_what_a_model_needs(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(files.screen), "--embedding", str(files.embedding)]) == 0
+    assert "adapert needs --knowledge" in capsys.readouterr().out
+    assert main(["inspect", str(files.screen), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"]["adapert"] == "graph"
 
 
 def test_split_is_previewed_written_and_read_back(

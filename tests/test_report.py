@@ -292,6 +292,18 @@ def test_training_curve_marks_the_epoch_that_was_kept(run: Path) -> None:
     assert "epoch 2 kept" in text
 
 
+def test_training_shows_what_was_validated_and_how_much_was_kept(tmp_path: Path) -> None:
+    part = render(Run.read(make_run(tmp_path, trained=("adapert", "ptrag"))))
+    part = part.split('<section id="training">')[1].split("</section>")[0]
+    first, second = part.split("<h3>PT-RAG</h3>")
+    assert re.findall("<figcaption>([^<]*)", first) == [
+        "Training loss by epoch",
+        "Validation Pearson Δ (cell-eval) by epoch",
+    ]
+    captions = ["Training loss", "Validation minus ½ energy distance", "Share of neighbours kept"]
+    assert re.findall("<figcaption>([^<]*)", second) == [f"{caption} by epoch" for caption in captions]
+
+
 def test_subgraph_shows_steps_scores_and_what_was_measured(run: Path) -> None:
     text = render(Run.read(run))
     part = text.split('<section id="subgraph">')[1].split("</section>")[0]

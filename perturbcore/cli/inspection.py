@@ -15,6 +15,7 @@ from perturbcore.cli import options
 if TYPE_CHECKING:
     from perturbcore.data import Condition, Screen
 
+GIVEN_BY = {"graph": "--knowledge", "embedding": "--embedding"}
 FEW_CELLS = 10  # a mean of fewer says little
 
 split = typer.Typer(no_args_is_help=True, help="See or save which perturbations train, choose and judge a model.")
@@ -31,12 +32,15 @@ def inspect(
     batch: options.Batch = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check a screen: columns, control, scale, cells per perturbation, and which genes your knowledge covers.
+    """Check a screen: columns, control, scale, cells per perturbation, which genes your knowledge covers.
+
+    Says which models can run on it, and what the others need.
 
     Exits with 0 only if the screen can be used as it is; otherwise it says what to mend.
     """
     from perturbcore.data import GeneEmbedding, KnowledgeGraph, check_knowledge, read
     from perturbcore.data.errors import listed
+    from perturbcore.models import MODELS
 
     screen = read(file, perturbation, control, context_column, batch, scale, verbose=not as_json)
     genes = sorted({gene for p in screen.perturbations for gene in p.genes})
@@ -50,6 +54,8 @@ def inspect(
         {"name": name, "covered": int(known.sum()), "of": len(genes), "missing": _names(genes, known)}
         for name, known in sources
     ]
+    given = {"graph": bool(graphs), "embedding": vectors is not None}
+    found["models"] = {n: kind.needs if kind.needs and not given[kind.needs] else None for n, kind in MODELS.items()}
     if as_json:
         print(json.dumps(found))
         return
@@ -62,6 +68,8 @@ def inspect(
         missing = f"; missing: {listed(source['missing'], 8)}" if source["missing"] else ""
         share = f"{source['covered']} of {source['of']} perturbed genes"
         print(f"{'knowledge':<15}{source['name']} knows {share}{missing}")
+    for name, lacks in found["models"].items():
+        print(f"{'model':<15}{name} {f'needs {GIVEN_BY[lacks]}' if lacks else 'can run'}")
     print("This screen can be used.")
 
 

@@ -88,7 +88,8 @@ def predict(
 ) -> None:
     """Predict cells for perturbations, measured or never seen, from control cells.
 
-    Raw counts are brought to the scale the model was fitted on. The real control cells are appended.
+    Raw counts are brought to the scale the model was fitted on. The real control cells are appended. The model's folder
+    holds all it knows; for a gene of which it has no vector, --embedding gives one of the same kind.
 
     Example: perturbcore predict models/first screen.h5ad --perturbations JAK2,STAT1+IRF1 --out jak2.h5ad
     """

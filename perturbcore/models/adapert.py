@@ -73,6 +73,7 @@ class AdaPert(MeanResponse):
     """
 
     name = "adapert"
+    needs = "graph"
     Config = AdaPertConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "paper": PAPER}
 

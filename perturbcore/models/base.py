@@ -82,6 +82,7 @@ class Model(ABC):
     Config: ClassVar[type]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "paper": {}}
     learns: ClassVar[bool] = True  # whether any response it predicts comes from training
+    needs: ClassVar[str | None] = None  # "graph" or "embedding", where it cannot do without one
 
     def __init__(
         self,

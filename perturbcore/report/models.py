@@ -11,7 +11,7 @@ import pandas as pd
 from perturbcore.report import svg
 from perturbcore.report.folder import Deltas, Run
 from perturbcore.report.svg import number
-from perturbcore.report.words import LEADERBOARD, NAMES, count
+from perturbcore.report.words import LEADERBOARD, NAMES, VALIDATION, count
 
 VALIDATED = "val_conditions"  # column of metrics.jsonl: over how many conditions the score is the mean
 FEW_CONDITIONS = 10  # a mean over fewer moves more by chance than from epoch to epoch
@@ -100,7 +100,7 @@ def training(run: Run) -> list[dict[str, Any]]:
 
 def _title(metric: str) -> str:
     name = metric.removeprefix("val_")
-    return LEADERBOARD[name].title if name in LEADERBOARD else name.replace("_", " ")
+    return VALIDATION.get(name) or (LEADERBOARD[name].title if name in LEADERBOARD else name.replace("_", " "))
 
 
 def _curves(run: Run, name: str, curve: pd.DataFrame) -> dict[str, Any]:
@@ -109,6 +109,7 @@ def _curves(run: Run, name: str, curve: pd.DataFrame) -> dict[str, Any]:
     others = ("epoch", "loss", VALIDATED)
     metric = next((c for c in curve.columns if c not in others and pd.notna(curve[c].iloc[0])), None)
     series = {"loss": "Training loss"} | ({metric: f"Validation {_title(metric)}"} if metric else {})
+    series |= {"kept": "Share of neighbours kept"}
     words, best = f"{count(int(epochs.max()), 'epoch')}.", None
     if metric is not None:
         best = float(epochs[int(np.nanargmax(curve[metric].to_numpy(float)))])

@@ -89,6 +89,8 @@ LEADERBOARD = {
     ),
 }
 
+VALIDATION = {"minus_energy": "minus ½ energy distance"}  # what models stop on, where it is no score
+
 RESPONDING = ("pearson_delta_disjoint", "discrimination_score_l1", "pearson_delta_top20_disjoint", "energy")
 
 COLLAPSE = {
