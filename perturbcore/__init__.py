@@ -17,6 +17,7 @@ _HOME = {
     "Condition": "data",
     "GeneEmbedding": "data",
     "KnowledgeGraph": "data",
+    "PTRAG": "models",
     "Perturbation": "data",
     "Screen": "data",
     "Split": "data",

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from perturbcore.data.cell_sets import CellBatch, CellSets
     from perturbcore.data.embedding import GeneEmbedding
     from perturbcore.data.errors import DataError, MissingInput
     from perturbcore.data.genes import highly_variable_genes, prepare, training_rows
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from perturbcore.data.split_state import read_state_toml, write_state_toml
 
 __all__ = [
+    "CellBatch",
+    "CellSets",
     "Condition",
     "DataError",
     "GeneEmbedding",
@@ -65,6 +68,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "CellBatch": "cell_sets",
+    "CellSets": "cell_sets",
     "Condition": "perturbation",
     "DataError": "errors",
     "GeneEmbedding": "embedding",

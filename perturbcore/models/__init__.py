@@ -7,10 +7,11 @@ from perturbcore.data import GeneEmbedding
 from perturbcore.models.adapert import AdaPert
 from perturbcore.models.base import Model, read_config
 from perturbcore.models.baselines import BASELINES
+from perturbcore.models.ptrag import PTRAG
 
-MODELS: dict[str, type[Model]] = {"adapert": AdaPert}
+MODELS: dict[str, type[Model]] = {"adapert": AdaPert, "ptrag": PTRAG}
 
-__all__ = ["BASELINES", "MODELS", "AdaPert", "Model", "load"]
+__all__ = ["BASELINES", "MODELS", "PTRAG", "AdaPert", "Model", "load"]
 
 
 def load(path: str | os.PathLike[str], embedding: GeneEmbedding | None = None) -> Model:

@@ -1,0 +1,258 @@
+"""PT-RAG on a simulated screen: what it learns, what it promises, and what it does where something is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from perturbcore import ops
+from perturbcore.data import (
+    GeneEmbedding,
+    Screen,
+    prepare,
+    simulate,
+    unseen_perturbation,
+)
+from perturbcore.models import PTRAG, load
+from perturbcore.models.ptrag_objective import PTRAGObjective
+from perturbcore.training import RunError, train
+
+TINY = {
+    "width": 8, "layers": 1, "heads": 2, "head_dim": 4, "hidden": 8, "set_size": 8, "batch_size": 8, "epochs": 2,
+    "learning_rate": 5e-3,
+}  # fmt: skip
+RETRIEVALS = ["ptrag", "naive", "naive_as_released", "none"]
+
+
+@pytest.fixture(scope="module")
+def small():
+    return simulate(
+        n_genes=50, n_perturbations=12, n_contexts=2, n_modules=3, n_cells=10, n_controls=24, n_batches=2,
+        embedding_dim=8,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(small):
+    split = unseen_perturbation(small.screen)
+    return prepare(small.screen, split), split
+
+
+def unfitted(small, **options):
+    return PTRAG(embedding=small.embedding, **{**TINY, **options})
+
+
+def fit(model, data, **options):
+    screen, split = data
+    return model.fit(screen, split, progress=False, **options)
+
+
+def fit_to_the_end(model, data, **options):
+    """Fit without validation, so that what is compared has been trained, whatever the best epoch would be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PTRAGObjective, "validate", lambda self: None)
+        return fit(model, data, **options)
+
+
+@pytest.fixture(scope="module")
+def tiny(small, data):
+    return fit_to_the_end(unfitted(small), data)
+
+
+def predicted(model, screen, asked, **options):
+    return np.asarray(model.predict(screen, asked, **options).X)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(a, other[name]) for name, a in one.items())
+
+
+def without(embedding, genes):
+    keep = ~np.isin(embedding.genes, genes)
+    return GeneEmbedding("without", embedding.genes[keep], embedding.vectors[keep])
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
+def test_every_setting_fits_predicts_and_loads_the_same_bits(small, data, tmp_path, preset, retrieval):
+    screen, split = data
+    sizes = {**TINY, "epochs": 1, **({"k": 3} if retrieval == "ptrag" else {"k": 4})}
+    model = fit(PTRAG(embedding=small.embedding, preset=preset, retrieval=retrieval, **sizes), data)
+    cells = predicted(model, screen, split.test, n_cells=11)
+    assert np.isfinite(cells).all()
+    assert (cells >= 0).all()
+    model.save(tmp_path)
+    loaded = load(tmp_path)
+    np.testing.assert_array_equal(predicted(loaded, screen, split.test, n_cells=11), cells)
+    table = model.retrieved(screen, split.test[:2])
+    pd.testing.assert_frame_equal(loaded.retrieved(screen, split.test[:2]), table)
+    assert len(table) == (0 if retrieval == "none" else 2 * sizes["k"])
+    if retrieval != "none":
+        assert table.probability.between(0, 1).all()
+        assert (table.candidate != table.perturbation).all()
+    if retrieval.startswith("naive"):
+        np.testing.assert_allclose(table.groupby("context").probability.sum(), 1, rtol=1e-5)
+
+
+def test_it_learns_who_responds_how():
+    simulation = simulate(
+        n_genes=60, n_perturbations=12, n_contexts=1, n_modules=3, n_cells=40, n_controls=120, embedding_noise=0.1,
+        embedding_dim=8,
+    )  # fmt: skip
+    split = unseen_perturbation(simulation.screen)
+    screen = prepare(simulation.screen, split)
+    sizes = {**TINY, "width": 32, "hidden": 32, "set_size": 40, "epochs": 40, "validate_steps": 4, "patience": 20}
+    model = fit(PTRAG(embedding=simulation.embedding, **sizes), (screen, split))
+    control = screen.control_mean("line1")
+    for part, least in (("train", 0.7), ("test", 0.3)):
+        closer, like = [], []
+        for condition in getattr(split, part):
+            cells = predicted(model, screen, [condition])
+            real, start = screen.dense(screen.cells(condition)), screen.dense(screen.controls("line1"))[: len(cells)]
+            as_clouds = (torch.from_numpy(x)[None] for x in (cells, real, start))
+            ours, measured, none = as_clouds
+            closer.append(float(ops.energy_distance(ours, measured) / ops.energy_distance(none, measured)))
+            like.append(np.corrcoef(cells.mean(0) - control, real.mean(0) - control)[0, 1])
+        assert np.mean(closer) < 0.9, part
+        assert np.mean(like) > least, part
+
+
+def test_prediction_is_deterministic_and_noise_follows_from_the_seed(small, data):
+    screen, split = data
+    model = fit(unfitted(small, inference="sample", draws=2, epochs=1, readout="latent"), data)
+    first = predicted(model, screen, split.test, seed=1)
+    np.testing.assert_array_equal(predicted(model, screen, split.test, seed=1), first)
+    alone = predicted(model, screen, split.test[-1:], seed=1)
+    np.testing.assert_array_equal(alone, first[-len(alone) :])  # whatever else is asked for
+    model.config = dataclasses.replace(model.config, inference="threshold", draws=1)
+    model.network.config = model.config
+    seen = [predicted(model, screen, split.test, n_cells=8) for _ in range(2)]
+    np.testing.assert_array_equal(*seen)
+
+
+def test_drawing_more_and_more_comes_closer_to_one_answer(small, data):
+    screen, split = data
+    model = fit(unfitted(small, readout="latent", epochs=1, inference="sample", dropout=0.0), data)
+    with torch.no_grad():
+        model.network.project.weight *= 20  # what is kept matters
+
+    def spread(draws):
+        model.config = dataclasses.replace(model.config, draws=draws)
+        inputs, _ = PTRAGObjective(model, screen, split, seed=0).batch(torch.arange(4), 0)
+        return float(torch.stack([model.generate(inputs, seed) for seed in range(8)]).std(0).mean())
+
+    assert 0 < spread(16) < 0.5 * spread(1)
+
+
+def test_same_seed_same_bits_and_another_other_ones(small, data, tiny):
+    assert same(weights(tiny), weights(fit_to_the_end(unfitted(small), data)))
+    assert not same(weights(tiny), weights(fit_to_the_end(unfitted(small), data, seed=1)))
+
+
+def test_resume_gives_the_bits_of_an_uninterrupted_run(small, data, tiny, tmp_path, monkeypatch):
+    losses = PTRAGObjective.losses
+
+    def interrupted(self, rows, step, progress):
+        if progress > 0.6:
+            raise KeyboardInterrupt
+        return losses(self, rows, step, progress)
+
+    monkeypatch.setitem(train.__kwdefaults__, "checkpoint_seconds", 0.0)
+    monkeypatch.setattr(PTRAGObjective, "losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit_to_the_end(unfitted(small), data, run_dir=tmp_path)
+    monkeypatch.setattr(PTRAGObjective, "losses", losses)
+    with pytest.raises(RunError, match=r"sparsity was 0\.1, is 0\.2"):
+        fit(unfitted(small, sparsity=0.2), data, run_dir=tmp_path, resume=True)
+    resumed = fit_to_the_end(unfitted(small), data, run_dir=tmp_path, resume=True)
+    assert same(weights(tiny), weights(resumed))
+
+
+def test_test_responses_do_not_reach_training(small, data, tiny):
+    screen, split = data
+    shuffled = screen.adata.copy()
+    rows = np.concatenate([screen.cells(c) for c in split.test])
+    x = shuffled.X.toarray()
+    x[rows] = x[np.random.default_rng(0).permutation(rows)] * 2
+    shuffled.X = x
+    other = Screen(
+        shuffled, screen.scale, perturbation_key="perturbation", control_label="control", context_key="cell_line",
+        batch_key="batch", direction=screen.direction,
+    )  # fmt: skip
+    assert same(weights(tiny), weights(fit_to_the_end(unfitted(small), (other, split))))
+
+
+def objective_of(small, data, **options):
+    model = fit(unfitted(small, epochs=0, **options), data)
+    return PTRAGObjective(model, *data, seed=0)
+
+
+def test_loss_is_half_the_energy_distance_and_the_share_kept(small, data):
+    objective = objective_of(small, data, sparsity=0.3)
+    objective.module.train()
+    rows = torch.tensor([3, 0, 11])
+    inputs, target = objective.batch(rows, step=5)
+    generated = objective.module(inputs, seed=5)
+    losses = objective.losses(rows, step=5, progress=0.0)
+    x, y = generated.cells.double(), target.double()
+
+    def mean(a, b):
+        return torch.stack([torch.cdist(p, q).mean() for p, q in zip(a, b, strict=True)])
+
+    energy = (mean(x, y) - (mean(x, x) + mean(y, y)) / 2).mean()
+    assert losses["energy"].item() == pytest.approx(energy.item(), rel=1e-4)
+    assert losses["kept"].item() == generated.keep.mean().item()
+    assert losses["loss"].item() == pytest.approx(losses["energy"].item() + 0.3 * losses["kept"].item())
+
+
+def test_validation_is_deterministic_and_weighs_conditions_alike(small, data):
+    objective = objective_of(small, data)
+    score = objective.validate()
+    assert score == objective.validate() < 0
+    sets, each = objective.val, {}
+    for i in range(len(sets)):
+        drawn = sets.batch(torch.tensor([i]), 0)
+        cells = objective.model.generate(objective._inputs(sets, drawn), seed=0)
+        each.setdefault(int(drawn.condition), []).append(float(ops.energy_distance(cells, drawn.target)) / 2)
+    assert score == pytest.approx(-np.mean([np.mean(values) for values in each.values()]), rel=1e-5)
+
+
+def test_frozen_parts_stay_as_they_start_and_the_others_move(small, data):
+    start = fit(unfitted(small, freeze=True, readout="latent", epochs=0), data)
+    end = fit_to_the_end(unfitted(small, freeze=True, readout="latent"), data)
+    for name, tensor in weights(end).items():
+        frozen = name.startswith(("backbone.", "readout."))
+        stays = frozen or name.startswith("cell_") or name == "score_std"
+        assert torch.equal(tensor, weights(start)[name]) == stays, name
+
+
+def test_stand_in_for_a_missing_vector_is_learned(small, data):
+    objective = objective_of(small, data, absent=0.5)
+    with torch.no_grad():
+        objective.module.readout.weight.normal_()
+    objective.module.train()
+    objective.losses(torch.arange(objective.num_rows), step=0, progress=0.0)["loss"].backward()
+    assert objective.module.absent.grad.abs().sum() > 0
+    inputs, _ = objective.batch(torch.arange(objective.num_rows), step=0)
+    lost = (inputs.missing[inputs.query] > 0).float().mean()
+    assert 0.2 < lost < 0.8
+    assert not set(inputs.retrieving.tolist()) & set((inputs.missing[inputs.query] > 0).nonzero()[:, 0].tolist())
+
+
+def test_controls_are_a_set_without_context_of_their_own(small, data):
+    objective = objective_of(small, data)
+    is_control = [c.perturbation.is_control for c in objective.train.conditions]
+    assert sum(is_control) == 2
+    rows = torch.arange(objective.num_rows)
+    inputs, _ = objective.batch(rows, step=10_000)
+    of = torch.tensor(is_control)[torch.from_numpy(objective.train.condition)]
+    assert not of[inputs.retrieving].any()
+    assert not any(c.perturbation.is_control for c in objective_of(small, data, controls=False).train.conditions)
