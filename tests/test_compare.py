@@ -33,6 +33,7 @@ def finished(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     scores = pc.compare(
         files.screen,
         out=out,
+        models=["adapert"],
         knowledge=[files.graph],
         embedding=files.embedding,
         epochs=2,
@@ -134,6 +135,7 @@ def test_same_seed_gives_the_same_scores(finished: tuple[Path, Scores], files: F
     again = pc.compare(
         pc.read(files.screen, verbose=False),
         out=tmp_path / "again",
+        models=["adapert"],
         knowledge=[pc.KnowledgeGraph.read(files.graph, verbose=False)],
         embedding=pc.GeneEmbedding.read(files.embedding),
         epochs=2,
@@ -189,7 +191,14 @@ def test_an_interrupted_run_goes_on_and_ends_as_it_would_have(
         return pc.compare(
             files.screen,
             out=tmp_path / "run",
-            **{"knowledge": [files.graph], "embedding": files.embedding, "epochs": 2, "overrides": QUICK} | options,
+            **{
+                "models": ["adapert"],
+                "knowledge": [files.graph],
+                "embedding": files.embedding,
+                "epochs": 2,
+                "overrides": QUICK,
+            }
+            | options,
             progress=False,
         )
 
@@ -245,6 +254,7 @@ def test_a_model_that_diverges_is_listed_as_failed_and_the_others_stand(
     scores = pc.compare(
         files.screen,
         out=tmp_path / "run",
+        models=["adapert"],
         knowledge=[files.graph],
         embedding=files.embedding,
         epochs=1,

@@ -27,8 +27,8 @@ class PTRAG(Model):
     """A transformer over sets of control cells that retrieves similar perturbations and keeps what helps the cell.
 
     A set of control cells and a perturbation become a set of perturbed cells. Stage 1 finds, once per fit, the `k`
-    perturbations of the pool whose vectors have the largest cosine. In stage 2 every cell keeps or drops each of them by
-    a Gumbel gate on LN[cell; perturbation; candidate], and what is kept gives the cell its context. A transformer
+    perturbations of the pool whose vectors have the largest cosine. In stage 2 every cell keeps or drops each of them
+    by a Gumbel gate on LN[cell; perturbation; candidate], and what is kept gives the cell its context. A transformer
     over the set and a linear readout follow. The loss is ½ energy distance between generated and measured sets plus
     `sparsity` times the share kept; training stops on the energy distance of the validation conditions.
 
