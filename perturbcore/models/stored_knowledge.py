@@ -15,7 +15,8 @@ from perturbcore.training import load_tensors, save_tensors
 
 def save_knowledge(path: Path, graph: KnowledgeGraph | None, embedding: GeneEmbedding | None) -> None:
     """Write graph and embedding, either of which may be missing, into one file, atomically."""
-    save_tensors(path, *_tensors_and_names(graph, embedding))
+    tensors, names = _tensors_and_names(graph, embedding)
+    save_tensors(path, tensors, {"kind": "knowledge", **names})  # a file of nothing at all could not be read
 
 
 def load_knowledge(path: Path) -> tuple[KnowledgeGraph | None, GeneEmbedding | None]:
