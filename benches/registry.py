@@ -10,9 +10,9 @@ from perturbcore.benches.case import Case
 
 CASES: tuple[Case, ...] = (*graph.CASES, *transport.CASES, *wasserstein.CASES)
 if find_spec("anndata"):  # a machine for kernels alone lacks what models need
-    from perturbcore.benches import adapert, evaluation
+    from perturbcore.benches import adapert, evaluation, ptrag
 
-    CASES += (*adapert.CASES, *evaluation.CASES)
+    CASES += (*adapert.CASES, *ptrag.CASES, *evaluation.CASES)
 
 
 def select(patterns: Sequence[str]) -> list[Case]:

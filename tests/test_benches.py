@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from perturbcore.benches import adapert, main, run
+from perturbcore.benches import adapert, main, ptrag, run
 from perturbcore.benches.case import Case, Part, Problem, Work
 from perturbcore.benches.measure import Timing, peak_bytes
 
@@ -124,3 +124,26 @@ def test_adapert_and_its_peer_predict_the_same():
     problem = adapert.build_predict(SMALL)
     assert run.error(problem.ours(), problem.expected()) < 1e-5
     assert run.error(problem.peers[adapert.ALONE](), problem.parts[adapert.ALONE].expected()) < 1e-5
+
+
+FEW = ptrag.Size(
+    perturbed=20,
+    genes=30,
+    text=12,
+    sets=3,
+    loaded=5,
+    options=tuple({"width": 16, "k": 5, "set_size": 8, "layers": 1, "heads": 2, "head_dim": 4, "hidden": 8}.items()),
+)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_ptrag_and_its_peer_take_the_same_step(freeze):
+    problem = ptrag.build_step(FEW, freeze)
+    assert run.error(problem.peers[ptrag.EAGER](), problem.expected()) < 1e-4
+    assert run.error(problem.ours(), problem.expected()) < 1e-4
+
+
+def test_ptrag_loads_what_its_peer_loads():
+    problem = ptrag.build_loader(FEW)
+    for call in (problem.ours, problem.peers[ptrag.LOADER]):
+        assert run.error(call(), problem.expected()) == 0

@@ -58,8 +58,15 @@ class PTRAGObjective:
     def batch(self, rows: Tensor, step: int) -> tuple[Inputs, Tensor]:
         """Return what the network is given at a step, and the measured cells [B, S, G] it is to come close to."""
         drawn = self.train.batch(rows, step // self.batches)
-        lost = torch.from_numpy(np.random.default_rng([self.seed, step]).random(len(rows)) < self.config.absent)
-        return self._inputs(self.train, drawn, lost), drawn.target.to(self.model.device)
+        return self._inputs(self.train, drawn, self.lost(rows, step)), drawn.target.to(self.model.device)
+
+    def lost(self, rows: Tensor, step: int) -> Tensor:
+        """Return which sets of a step lose their vectors, bool [B]."""
+        return torch.from_numpy(np.random.default_rng([self.seed, step]).random(len(rows)) < self.config.absent)
+
+    def noise_seed(self, step: int) -> int:
+        """Return the seed of a step's noise and dropout in the selection."""
+        return self.seed * 1_000_003 + step
 
     def _inputs(self, sets: CellSets, drawn: CellBatch, lost: Tensor | None = None) -> Inputs:
         code = drawn.control_batch if self.config.batch == "control" else drawn.batch
@@ -79,11 +86,11 @@ class PTRAGObjective:
     def losses(self, rows: Tensor, step: int, progress: float) -> dict[str, Tensor]:
         """Half the energy distance of a batch of sets, and the share of candidates that were kept."""
         inputs, target = self.batch(rows, step)
-        generated = self.module(inputs, seed=self.seed * 1_000_003 + step)
+        generated = self.module(inputs, seed=self.noise_seed(step))
         losses = {"energy": ops.energy_distance(generated.cells, target).mean() / 2}
         loss = losses["energy"]
         if generated.keep is not None:
-            losses["kept"] = generated.keep.mean()
+            losses["kept"] = generated.keep.abs().mean()  # as the paper's |w|: what is dropped is not pushed further
             loss = loss + self.config.sparsity * losses["kept"]
         return {"loss": loss, **losses}
 
