@@ -66,9 +66,9 @@ SCHEMAS = {
         f"({ROWS}, bool presorted, float p, bool need_x, bool need_y) -> (Tensor value, Tensor slope_x, Tensor slope_y)"
     ),
     "wasserstein_1d_backward": "(Tensor slope, Tensor? ptr, Tensor grad) -> Tensor",
-    "prepare_bank": "(Tensor bank) -> (Tensor codes, Tensor scale)",
+    "prepare_bank": "(Tensor bank) -> Tensor",
     "cosine_topk": (
-        "(Tensor query, Tensor bank, Tensor? codes, Tensor? scale, int k, Tensor? exclude)"
+        "(Tensor query, Tensor bank, Tensor? codes, int k, Tensor? exclude)"
         " -> (Tensor values, Tensor indices, Tensor norms)"
     ),
     "cosine_topk_backward": (

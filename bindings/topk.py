@@ -11,7 +11,7 @@ from torch.library import register_autograd, register_fake
 
 from perturbcore.bindings.checks import no_second_order, refuse, values
 from perturbcore.bindings.schemas import library
-from perturbcore.kernels.selection.topk_shapes import PANEL, codes_shape
+from perturbcore.kernels.selection.topk_shapes import codes_shape
 
 _ops = torch.ops.perturbcore
 
@@ -20,8 +20,7 @@ class Bank(NamedTuple):
     """What :func:`prepare_bank` returns: the rows, and what is known of them before any query."""
 
     vectors: Tensor  # [N, D], as given
-    codes: Tensor  # int16, the rows as integers, 16 rows side by side
-    scale: Tensor  # float32, what the integers of a row are multiplied by
+    codes: Tensor  # int16, their directions as integers, 16 rows side by side
 
 
 def prepare_bank(bank: Tensor) -> Bank:
@@ -34,7 +33,7 @@ def prepare_bank(bank: Tensor) -> Bank:
     bank = _rows("bank", bank)
     if bank.requires_grad and torch.is_grad_enabled():
         raise ValueError("bank requires a gradient, which a prepared bank has none of; give bank.detach(), or bank.")
-    return Bank(bank, *_ops.prepare_bank.default(bank))
+    return Bank(bank.detach(), _ops.prepare_bank.default(bank))
 
 
 def cosine_topk(query: Tensor, bank: Tensor | Bank, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -51,7 +50,6 @@ def cosine_topk(query: Tensor, bank: Tensor | Bank, k: int, exclude: Tensor | No
     first bound a cosine from both sides; what the bounds do not settle is computed.
     """
     query = _rows("query", query)
-    prepared = isinstance(bank, Bank)
     rows = _rows("bank", bank.vectors if isinstance(bank, Bank) else bank, query)
     if rows.shape[1] != query.shape[1]:
         raise refuse("bank", rows, f"[N, {query.shape[1]}], the features of query")
@@ -59,8 +57,8 @@ def cosine_topk(query: Tensor, bank: Tensor | Bank, k: int, exclude: Tensor | No
         raise ValueError(f"k is {k}; expected an integer of 1 or more.")
     if exclude is not None:
         exclude = _left_out(exclude, query)
-    known = (bank.codes, bank.scale) if isinstance(bank, Bank) else (None, None)
-    cosine, indices, _ = _ops.cosine_topk.default(query, rows.detach() if prepared else rows, *known, k, exclude)
+    codes = bank.codes if isinstance(bank, Bank) else None
+    cosine, indices, _ = _ops.cosine_topk.default(query, rows, codes, k, exclude)
     return cosine, indices
 
 
@@ -83,12 +81,11 @@ def _left_out(exclude: Tensor, query: Tensor) -> Tensor:
 
 @register_fake("perturbcore::prepare_bank", lib=library)
 def _(bank):  # type: ignore[no-untyped-def]
-    shape = codes_shape(bank)
-    return bank.new_empty(shape, dtype=torch.int16), bank.new_empty(shape[0] * PANEL, dtype=torch.float32)
+    return bank.new_empty(codes_shape(bank), dtype=torch.int16)
 
 
 @register_fake("perturbcore::cosine_topk", lib=library)
-def _(query, bank, codes, scale, k, exclude):  # type: ignore[no-untyped-def]
+def _(query, bank, codes, k, exclude):  # type: ignore[no-untyped-def]
     shape = query.shape[0], k
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64), query.new_empty(shape)
 
@@ -107,7 +104,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _grad(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     need = ctx.needs_input_grad[:2]
     grads = (None, None) if grad is None else _ops.cosine_topk_backward.default(*ctx.saved_tensors, grad, *need)
-    return (*(g if needed else None for g, needed in zip(grads, need, strict=True)), *(None,) * 4)
+    return (*(g if needed else None for g, needed in zip(grads, need, strict=True)), *(None,) * 3)
 
 
 register_autograd("perturbcore::cosine_topk", _grad, setup_context=_setup, lib=library)

@@ -35,7 +35,7 @@ _HOME = {
     "unseen_context": "data",
     "unseen_perturbation": "data",
 }
-_MODULES = ("data", "metrics", "models", "ops", "report")
+_MODULES = ("data", "metrics", "models", "ops", "report", "retrieval")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]
 

@@ -43,7 +43,7 @@ PAIR = normal(3, 5), normal(7, 5, seed=1)
 FOUND = torch.tensor([[0, 2], [1, 1], [6, 3]])
 OPCHECKS = {
     "prepare_bank": (PAIR[1],),
-    "cosine_topk": (*PAIR, None, None, 3, EXCLUDE),
+    "cosine_topk": (*PAIR, None, 3, EXCLUDE),
     "cosine_topk_backward": (*PAIR, normal(3, 2), FOUND, normal(3, 2).abs(), normal(3, 2), True, True),
 }
 

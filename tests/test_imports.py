@@ -24,10 +24,12 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "perturbcore.data": ({"perturbcore.data"}, None),
     "perturbcore.metrics": ({"perturbcore.metrics", "perturbcore.ops", "perturbcore.data"}, None),
     "perturbcore.training": ({"perturbcore.training"}, None),
+    "perturbcore.retrieval": ({"perturbcore.ops", "perturbcore.training"}, {"torch", "numpy", "pandas"}),
     "perturbcore.models": (
         {
             "perturbcore.models",
             "perturbcore.training",
+            "perturbcore.retrieval",
             "perturbcore.metrics",
             "perturbcore.ops",
             "perturbcore.data",

@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from perturbcore.kernels.selection.topk_shapes import PANEL, check_finite, check_topk, codes_shape
-
-LARGEST = 32767  # of a code
-LONGEST = 46340  # of a row of codes, so that products of two such rows stay below 2^31
+from perturbcore.kernels.selection.topk_shapes import PANEL, STEPS, check_finite, check_topk, codes_shape
 
 
-def prepare_bank(bank: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of a bank [N, D] as 16-bit codes, and the scale of each row, float32 [16 ⌈N / 16⌉].
+def prepare_bank(bank: Tensor) -> Tensor:
+    """Return the rows of a bank [N, D] as 16-bit codes, which kernels compare first.
 
-    A row's codes are its direction ẑ over its scale, rounded to integers. The scale is as small as codes of at most 15
-    bits and a length of at most 46,340 allow, so at most 1 / 32,767 for any D that is not in the hundreds of millions;
-    that of a row of zeros is 0. Codes are laid out [⌈N/16⌉, ⌈D/2⌉, 16, 2]: two features of 16 rows side by side, then
-    the next two; rows and features that fill up are 0. A bank on a GPU has no codes.
+    A code is a coordinate of the row's direction, times 32,767, rounded; 0 for a row of zeros. Codes are laid out
+    [⌈N/16⌉, ⌈D/2⌉, 16, 2]: two features of 16 rows side by side, then the next two, filled up with zeros. A bank on a
+    GPU has none.
     """
     check_finite("bank", bank)
     panels, pairs = codes_shape(bank)[:2]
-    scale = bank.new_zeros(panels * PANEL, dtype=torch.float32)
     if not panels:
-        return bank.new_zeros(codes_shape(bank), dtype=torch.int16), scale
-    unit, _ = directions(bank)
-    longest = LONGEST - 1 - math.sqrt(bank.shape[1]) / 2  # rounding adds at most half of √D
-    steps = (LARGEST / unit.abs().amax(1)).clamp(max=longest)
-    present = unit.any(1)
-    scale[: len(bank)] = torch.where(present, 1 / steps, 0)
-    codes = torch.where(present[:, None], unit * steps[:, None], 0).round().to(torch.int16)
+        return bank.new_zeros(codes_shape(bank), dtype=torch.int16)
+    codes = (directions(bank)[0] * STEPS).round().to(torch.int16)
     codes = pad(codes, (0, 2 * pairs - bank.shape[1], 0, panels * PANEL - bank.shape[0]))
-    return codes.view(panels, PANEL, pairs, 2).transpose(1, 2).contiguous(), scale
+    return codes.view(panels, PANEL, pairs, 2).transpose(1, 2).contiguous()
 
 
 def cosine_topk(
-    query: Tensor, bank: Tensor, codes: Tensor | None, scale: Tensor | None, k: int, exclude: Tensor | None
+    query: Tensor, bank: Tensor, codes: Tensor | None, k: int, exclude: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the k largest cosines of each row of ``query`` [B, D] with those of ``bank`` [N, D], and where they are.
 
     That is cosines [B, k], falling, their rows of the bank, int64 [B, k], and the norms of these rows [B, k]. A cosine
     is computed in float64 and rounded to the type of the inputs; equal ones are in the order of the rows. It is 0 where
-    a row is. Rows in ``exclude`` [B, x] are left out. What ``prepare_bank`` returned, ``codes`` and ``scale``, is for
-    kernels that look at a bank coarsely first.
+    a row is. Rows in ``exclude`` [B, x] are left out. The ``codes`` of a prepared bank are not looked at.
     """
-    check_topk(query, bank, codes, scale, k, exclude)
+    check_topk(query, bank, codes, k, exclude)
     check_finite("query", query)
     if codes is None:
         check_finite("bank", bank)

@@ -8,6 +8,7 @@ from torch import Tensor
 from perturbcore.kernels.common.shapes import check_shape
 
 PANEL = 16  # rows of a bank that are compared side by side
+STEPS = 32_767  # in which codes measure a coordinate of a direction
 
 
 def codes_shape(bank: Tensor) -> tuple[int, ...]:
@@ -16,17 +17,12 @@ def codes_shape(bank: Tensor) -> tuple[int, ...]:
     return (-(-rows // PANEL), -(-features // 2), PANEL, 2) if bank.device.type == "cpu" else (0, 0, PANEL, 2)
 
 
-def check_topk(
-    query: Tensor, bank: Tensor, codes: Tensor | None, scale: Tensor | None, k: int, exclude: Tensor | None
-) -> None:
+def check_topk(query: Tensor, bank: Tensor, codes: Tensor | None, k: int, exclude: Tensor | None) -> None:
     """Refuse operands that do not fit together, rows to leave out that do not exist, and more than are left."""
     rows = bank.shape[0]
     check_shape("query", query, (query.shape[0], bank.shape[1]))
-    if (codes is None) != (scale is None):
-        raise ValueError("codes and scale come together, from prepare_bank; one of them is missing.")
-    if codes is not None and scale is not None:
+    if codes is not None:
         check_shape("codes", codes, codes_shape(bank))
-        check_shape("scale", scale, (codes.shape[0] * PANEL,))
     if exclude is not None:
         check_shape("exclude", exclude, (query.shape[0], exclude.shape[1]))
         if exclude.device.type == "cpu" and exclude.numel() and not -1 <= exclude.min() <= exclude.max() < rows:
@@ -62,5 +58,9 @@ def check_finite(name: str, rows: Tensor) -> None:
     if rows.device.type == "cpu" and rows.numel():
         low, high = rows.aminmax()  # NaN goes through both
         if not bool(low.isfinite() & high.isfinite()):
-            worst = int((~rows.isfinite().all(1)).nonzero()[0, 0])
-            raise ValueError(f"{name} has a value in row {worst} that is not finite; expected finite numbers.")
+            raise refuse_row(name, int((~rows.isfinite().all(1)).nonzero()[0, 0]))
+
+
+def refuse_row(name: str, row: int) -> ValueError:
+    """Return the error of a row that is not finite."""
+    return ValueError(f"{name} has a value in row {row} that is not finite; expected finite numbers.")
