@@ -79,7 +79,7 @@ SCHEMAS = {
     "gumbel_sigmoid_backward": "(Tensor logits, Tensor? noise, float tau, int? seed, Tensor grad) -> Tensor",
     "gumbel_select": f"({SELECT}) -> (Tensor context, Tensor keep, Tensor logits)",
     "gumbel_select_backward": (
-        f"({SELECT}, Tensor logits, Tensor? grad_context, Tensor? grad_keep)"
+        f"({SELECT}, Tensor keep, Tensor logits, Tensor? grad_context, Tensor? grad_keep)"
         " -> (Tensor grad_cells, Tensor grad_pert, Tensor grad_cand, Tensor grad_ln_weight, Tensor grad_ln_bias,"
         " Tensor grad_A1, Tensor grad_a1, Tensor grad_A2, Tensor grad_a2, Tensor grad_F, Tensor grad_f)"
     ),

@@ -168,16 +168,16 @@ def _sigmoid_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits = output[2]  # gates, noise and dropout are made again
+    _, keep, logits = output  # noise and dropout are made again
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logits)
     ctx.options = inputs[12:]
-    ctx.save_for_backward(*inputs[:12], logits)
+    ctx.save_for_backward(*inputs[:12], keep, logits)
 
 
 def _select_grad(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, logits = ctx.saved_tensors
-    pulled = _ops.gumbel_select_backward.default(*inputs, *ctx.options, logits, *grads[:2])
+    inputs, outputs = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
+    pulled = _ops.gumbel_select_backward.default(*inputs, *ctx.options, *outputs, *grads[:2])
     return (*pulled, *(None,) * 6)
 
 

@@ -72,7 +72,7 @@ OPCHECKS = {
     "gumbel_sigmoid": (normal(2, 5), normal(2, 5, seed=1), 0.5, True, None),
     "gumbel_sigmoid_backward": (normal(2, 5), None, 0.5, 3, normal(2, 5, seed=1)),
     "gumbel_select": (*operands(2, 4, 5, WIDTH), NOISE, 0.5, False, None, "set_std", 0.0),
-    "gumbel_select_backward": (*SELECT, normal(2, 4, 5, 2), normal(2, 4, WIDTH), normal(2, 4, 5)),
+    "gumbel_select_backward": (*SELECT, normal(2, 4, 5), normal(2, 4, 5, 2), normal(2, 4, WIDTH), normal(2, 4, 5)),
 }
 
 WITHOUT_GRADIENT: set[str] = set()

@@ -162,11 +162,34 @@ def _round(key0, key1, c0, c1, c2, c3):
 
 
 @inner
+def _two_rounds(key0, key1, r, c0, c1, c2, c3):
+    c0, c1, c2, c3 = _round((key0 + r * WEYL[0]) & LOW, (key1 + r * WEYL[1]) & LOW, c0, c1, c2, c3)
+    return _round((key0 + (r + 1) * WEYL[0]) & LOW, (key1 + (r + 1) * WEYL[1]) & LOW, c0, c1, c2, c3)
+
+
+@njit(inline="always", **COMPILE)
 def philox(key0, key1, c0, c1, c2, c3):
-    """Return the four words of Philox4x32-10 as int64, of int64 counter words below 2**32."""
-    for r in range(10):
-        c0, c1, c2, c3 = _round((key0 + r * WEYL[0]) & LOW, (key1 + r * WEYL[1]) & LOW, c0, c1, c2, c3)
-    return c0, c1, c2, c3
+    """Return the four words of Philox4x32-10 as int64, of the lower 32 bits of int64 counter words.
+
+    The rounds are not a loop, and LLVM is not asked whether to inline them, so that a loop over counters vectorises.
+    """
+    c0, c1, c2, c3 = _two_rounds(key0, key1, 0, c0 & LOW, c1 & LOW, c2 & LOW, c3 & LOW)
+    c0, c1, c2, c3 = _two_rounds(key0, key1, 2, c0, c1, c2, c3)
+    c0, c1, c2, c3 = _two_rounds(key0, key1, 4, c0, c1, c2, c3)
+    c0, c1, c2, c3 = _two_rounds(key0, key1, 6, c0, c1, c2, c3)
+    return _two_rounds(key0, key1, 8, c0, c1, c2, c3)
+
+
+@inner
+def draw(seed, stream, words):
+    """Turn counters in ``words`` [4, n], blocks in its first row and rows in its second, into their words.
+
+    ``stream`` is the last word of all the counters.
+    """
+    key0, key1 = seed & LOW, (seed >> 32) & LOW
+    w0, w1, w2, w3 = words[0], words[1], words[2], words[3]
+    for b in range(w0.size):
+        w0[b], w1[b], w2[b], w3[b] = philox(key0, key1, np.int64(w0[b]), np.int64(w1[b]), np.int64(0), np.int64(stream))
 
 
 @inner
@@ -176,23 +199,36 @@ def _logistic(word, dtype):
 
 
 @inner
+def _logistic_of(words, out):
+    w0, w1, w2, w3 = words[0], words[1], words[2], words[3]
+    dtype = out.dtype.type
+    for b in range(w0.size):
+        out[4 * b] = _logistic(w0[b], dtype)
+        out[4 * b + 1] = _logistic(w1[b], dtype)
+        out[4 * b + 2] = _logistic(w2[b], dtype)
+        out[4 * b + 3] = _logistic(w3[b], dtype)
+
+
+@inner
 def logistic_row(seed, row, first, out):
     """Fill ``out`` with the logistic noise of (row, first), (row, first + 1), …, both multiples of 4 in size."""
-    key0, key1 = seed & LOW, (seed >> 32) & LOW
-    counter = np.empty((4, out.size // 4), np.uint32)
-    c0, c1, c2, c3 = counter[0], counter[1], counter[2], counter[3]
-    for b in range(c0.size):
-        c0[b], c1[b], c2[b], c3[b] = (np.int64(first) >> 2) + b, row, 0, 0
-    for r in range(10):  # outside the loop over blocks, which so vectorises
-        k0, k1 = (key0 + r * WEYL[0]) & LOW, (key1 + r * WEYL[1]) & LOW
-        for b in range(c0.size):
-            c0[b], c1[b], c2[b], c3[b] = _round(
-                k0, k1, np.int64(c0[b]), np.int64(c1[b]), np.int64(c2[b]), np.int64(c3[b])
-            )
-    for i in range(4):
-        word = counter[i]
-        for b in range(word.size):
-            out[4 * b + i] = _logistic(word[b], out.dtype.type)
+    words = np.empty((4, out.size // 4), np.uint32)
+    for b in range(words.shape[1]):
+        words[0, b], words[1, b] = (np.int64(first) >> 2) + b, row
+    draw(seed, 0, words)
+    _logistic_of(words, out)
+
+
+@inner
+def logistic_rows(seed, first, out):
+    """Fill ``out`` [rows, columns], a multiple of 4, with the logistic noise of rows first, first + 1, …."""
+    rows, blocks = out.shape[0], out.shape[1] // 4
+    words = np.empty((4, rows * blocks), np.uint32)
+    for r in range(rows):
+        for b in range(blocks):
+            words[0, r * blocks + b], words[1, r * blocks + b] = b, first + r
+    draw(seed, 0, words)
+    _logistic_of(words, out.reshape(-1))
 
 
 @inner

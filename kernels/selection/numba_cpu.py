@@ -1,7 +1,7 @@
 """The selection family on CPU: each op has a file and is named here."""
 
-from perturbcore.kernels.selection.select_reference import gumbel_select, gumbel_select_backward
-from perturbcore.kernels.selection.sigmoid_reference import gumbel_sigmoid, gumbel_sigmoid_backward
+from perturbcore.kernels.selection.select_numba_cpu import gumbel_select, gumbel_select_backward
+from perturbcore.kernels.selection.sigmoid_numba_cpu import gumbel_sigmoid, gumbel_sigmoid_backward
 from perturbcore.kernels.selection.topk_gradient import cosine_topk_backward
 from perturbcore.kernels.selection.topk_numba_cpu import cosine_topk, prepare_bank
 

@@ -51,7 +51,7 @@ def gumbel_select(
     check_select(cells, pert, cand, (ln_weight, ln_bias, A1, a1, A2, a2, F, f), noise)
     x = _triples(cells, pert, cand)
     x = layer_norm(x, x.shape[-1:], ln_weight, ln_bias, EPS)
-    hidden = gelu(x @ A1.T + a1) * _dropped(x, seed, dropout)
+    hidden = gelu(x @ A1.T + a1) * dropped(x, seed, dropout)
     logits = hidden @ A2.T + a2
     _, spread = _spread(logits, scale)
     z = noisy((logits[..., 1] - logits[..., 0]) / spread, seed, noise)
@@ -78,12 +78,14 @@ def gumbel_select_backward(
     seed: int | None,
     scale: str,
     dropout: float,
+    keep: Tensor,
     logits: Tensor,
     grad_context: Tensor | None,
     grad_keep: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the eleven tensors from those of context and keep."""
     batch, size, number, width = check_select(cells, pert, cand, (ln_weight, ln_bias, A1, a1, A2, a2, F, f), noise)
+    check_shape("keep", keep, (batch, size, number))
     check_shape("logits", logits, (batch, size, number, 2))
     grad_context = torch.zeros_like(cells) if grad_context is None else grad_context
     grad_keep = logits.new_zeros(logits.shape[:-1]) if grad_keep is None else grad_keep
@@ -94,12 +96,11 @@ def gumbel_select_backward(
     normal = layer_norm(triples, triples.shape[-1:], eps=EPS)
     x = normal * ln_weight + ln_bias
     pre = x @ A1.T + a1
-    kept = _dropped(x, seed, dropout)
+    kept = dropped(x, seed, dropout)
     mean, spread = _spread(logits, scale)
     difference = (logits[..., 1] - logits[..., 0]) / spread
     z = noisy(difference, seed, noise)
     soft = torch.sigmoid(z / tau)
-    keep = (z > 0).to(soft.dtype) + (soft - soft.detach()) if hard else soft
 
     pulled = grad_context[:, :, None]  # [B, S, 1, H]
     d_keep = (pulled * (x @ F.T + f)).sum(-1) + grad_keep
@@ -115,7 +116,8 @@ def gumbel_select_backward(
     d_x = d_pre @ A1 + d_out @ F
     d_normal = d_x * ln_weight
     d_triples = d_normal - d_normal.mean(-1, keepdim=True) - normal * (d_normal * normal).mean(-1, keepdim=True)
-    d_triples = d_triples * torch.rsqrt(triples.var(-1, correction=0, keepdim=True) + EPS)
+    variance = (triples - triples.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
+    d_triples = d_triples * torch.rsqrt(variance + EPS)
     parts = d_triples.split(width, -1)
     grads = parts[0].sum(2), parts[1].sum((1, 2)), parts[2].sum(1)
 
@@ -138,7 +140,7 @@ def _triples(cells: Tensor, pert: Tensor, cand: Tensor) -> Tensor:
 
 
 def _count(logits: Tensor, scale: str) -> int:
-    return logits.numel() if scale == "batch_std" else logits[0].numel()
+    return logits.numel() if scale == "batch_std" else logits.shape[1:].numel()
 
 
 def _spread(logits: Tensor, scale: str) -> tuple[Tensor, Tensor]:
@@ -154,7 +156,7 @@ def _gelu_slope(x: Tensor) -> Tensor:
     return torch.special.ndtr(x) + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
-def _dropped(x: Tensor, seed: int | None, dropout: float) -> Tensor:
+def dropped(x: Tensor, seed: int | None, dropout: float) -> Tensor:
     """Return what every hidden feature is multiplied by, [B, S, K, H] of x [B, S, K, 3H]; the package says how."""
     drop = rate(dropout)
     if drop == 0 or seed is None:

@@ -1,0 +1,203 @@
+"""``gumbel_select`` factorised as the package says: what its backends share, in PyTorch.
+
+A backend brings the scorer, from what the affine maps make of each row to the logits of every pair, and the gates. All
+else is products of matrices, of rows or of the shares that cells have of candidates, and a few numbers per pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from perturbcore.kernels.common.shapes import check_shape
+from perturbcore.kernels.selection.select_reference import DRAWS, EPS, LEAST, rate
+from perturbcore.kernels.selection.select_shapes import check_select
+
+
+class Hidden(NamedTuple):
+    """The scorer's features before GELU, (cells + pert + cand − mean · total) · rstd + bias, and their dropout.
+
+    Of the 2H features here the first H are the scorer's; the others are those of the projection.
+    """
+
+    cells: Tensor  # [B, S, 2H]
+    pert: Tensor  # [B, 2H]
+    cand: Tensor  # [B, K, 2H]
+    total: Tensor  # [2H]
+    bias: Tensor  # [2H]
+    mean: Tensor  # [B, S, K], of [cell; perturbation; candidate]
+    rstd: Tensor  # [B, S, K]
+    seed: int
+    drop: int  # how many values of ``DRAWS`` drop a feature
+    share: float  # what the others are multiplied by
+
+
+class Kernels(NamedTuple):
+    """What a backend brings."""
+
+    score: Callable[[Hidden, Tensor, Tensor], Tensor]  # of A2 and a2: the logits [B, S, K, 2]
+    # from the logits' gradient, those of the scorer's half of cells, which is written to the tensor given, and of cand,
+    # total, bias, A2, mean and rstd
+    score_backward: Callable[[Hidden, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+    gates: Callable[[Tensor, Tensor | None, float, bool, int | None], Tensor]  # gumbel_sigmoid
+    gates_backward: Callable[[Tensor, Tensor | None, float, int | None, Tensor], Tensor]
+
+
+class _Operands(NamedTuple):
+    rows: tuple[Tensor, Tensor, Tensor]  # cells, pert, cand, less the mean of pert
+    maps: Tensor  # [2H, 3H], A1 above F
+    weights: Tensor  # maps · ln_weight
+    hidden: Hidden
+
+
+def select(
+    kernels: Kernels,
+    cells: Tensor,
+    pert: Tensor,
+    cand: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    A1: Tensor,
+    a1: Tensor,
+    A2: Tensor,
+    a2: Tensor,
+    F: Tensor,
+    f: Tensor,
+    noise: Tensor | None,
+    tau: float,
+    hard: bool,
+    seed: int | None,
+    scale: str,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.gumbel_select``."""
+    params = ln_weight, ln_bias, A1, a1, A2, a2, F, f
+    *_, width = check_select(cells, pert, cand, params, noise)
+    hidden = _factorise(cells, pert, cand, params, seed, dropout).hidden
+    logits = kernels.score(hidden, A2, a2)
+    _, inverse, _ = _spread(logits, scale)
+    keep = kernels.gates((logits[..., 1] - logits[..., 0]) * inverse, noise, tau, hard, seed)
+    share = keep * hidden.rstd
+    context = torch.baddbmm(keep.sum(2)[..., None] * hidden.bias[width:], share, hidden.cand[..., width:])
+    context -= (share * hidden.mean).sum(2)[..., None] * hidden.total[width:]
+    context += share.sum(2)[..., None] * (hidden.cells + hidden.pert[:, None])[..., width:]
+    return context, keep, logits
+
+
+def select_backward(
+    kernels: Kernels,
+    cells: Tensor,
+    pert: Tensor,
+    cand: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    A1: Tensor,
+    a1: Tensor,
+    A2: Tensor,
+    a2: Tensor,
+    F: Tensor,
+    f: Tensor,
+    noise: Tensor | None,
+    tau: float,
+    hard: bool,
+    seed: int | None,
+    scale: str,
+    dropout: float,
+    keep: Tensor,
+    logits: Tensor,
+    grad_context: Tensor | None,
+    grad_keep: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """See ``reference.gumbel_select_backward``."""
+    params = ln_weight, ln_bias, A1, a1, A2, a2, F, f
+    batch, size, number, width = check_select(cells, pert, cand, params, noise)
+    check_shape("keep", keep, (batch, size, number))
+    check_shape("logits", logits, (batch, size, number, 2))
+    up = torch.zeros_like(cells) if grad_context is None else grad_context
+    check_shape("grad_context", up, cells.shape)
+    if grad_keep is not None:
+        check_shape("grad_keep", grad_keep, keep.shape)
+    rows, maps, weights, hidden = _factorise(cells, pert, cand, params, seed, dropout)
+    total, bias, mean, rstd = hidden.total[width:], hidden.bias[width:], hidden.mean, hidden.rstd
+
+    # the projection and its sum
+    by_total, own = (up @ total)[..., None], (hidden.cells + hidden.pert[:, None])[..., width:]
+    pulled = torch.baddbmm((up * own).sum(2)[..., None] - mean * by_total, up, hidden.cand[..., width:].mT)
+    d_keep = pulled * rstd + (up @ bias)[..., None]
+    share = keep * rstd
+    weight, shift, kept = share.sum(2), (share * mean).sum(2), keep.sum(2)
+    d_total, d_bias = -(shift.view(-1) @ up.reshape(-1, width)), kept.view(-1) @ up.reshape(-1, width)
+    d_cells = cells.new_empty(batch, size, 2 * width)
+    torch.mul(up, weight[..., None], out=d_cells[..., width:])
+    d_cand = share.mT @ up
+
+    # the gate and its scale
+    middle, inverse, curve = _spread(logits, scale)
+    difference = (logits[..., 1] - logits[..., 0]) * inverse
+    d_difference = kernels.gates_backward(
+        difference, noise, tau, seed, d_keep if grad_keep is None else d_keep.add_(grad_keep)
+    )
+    stretched = (d_difference * difference).double().sum((1, 2), keepdim=True)
+    stretched = (stretched.sum() if scale == "batch_std" else stretched) * curve
+    d_difference = d_difference * inverse
+    d_logits = (logits - middle) * stretched.to(logits.dtype)[..., None]
+    d_logits[..., 0] -= d_difference
+    d_logits[..., 1] += d_difference
+
+    # the scorer, and what is normalised for both
+    of_cand, of_total, of_bias, grad_A2, of_mean, of_rstd = kernels.score_backward(hidden, A2, d_logits, d_cells)
+    d_cand, d_total, d_bias = (
+        torch.cat(pair, -1) for pair in ((of_cand, d_cand), (of_total, d_total), (of_bias, d_bias))
+    )
+    by_square = rstd.pow(3).mul_(of_rstd.addcmul_(keep, pulled)).mul_(-0.5 / (3 * width))
+    by_sum = of_mean.addcmul_(share, by_total, value=-1).div_(3 * width).addcmul_(mean, by_square, value=-2)
+    moved = torch.stack([by_sum, by_square], -1)  # gradients of the sums of the rows, and of their squares
+    moves = moved.sum(2), moved.sum((1, 2)), moved.sum(1)
+    pulls = d_cells, d_cells.sum(1), d_cand
+    operands = [
+        (pull @ w).addcmul_(x, move[..., 1:], value=2).add_(move[..., :1])
+        for pull, w, x, move in zip(pulls, weights.chunk(3, 1), rows, moves, strict=True)
+    ]
+    products = [pull.reshape(-1, 2 * width).T @ x.reshape(-1, width) for pull, x in zip(pulls, rows, strict=True)]
+    d_weights = torch.cat(products, 1).add_(d_total[:, None])
+    grad_ln_weight, grad_ln_bias = (d_weights * maps).sum(0), d_bias @ maps
+    d_maps = d_weights.mul_(ln_weight).addr_(d_bias, ln_bias)
+    (grad_A1, grad_F), (grad_a1, grad_f) = (tuple(t.clone() for t in whole.chunk(2)) for whole in (d_maps, d_bias))
+    return *operands, grad_ln_weight, grad_ln_bias, grad_A1, grad_a1, grad_A2, d_logits.sum((0, 1, 2)), grad_F, grad_f
+
+
+def _factorise(
+    cells: Tensor, pert: Tensor, cand: Tensor, params: tuple[Tensor, ...], seed: int | None, dropout: float
+) -> _Operands:
+    ln_weight, ln_bias, A1, a1, _, _, F, f = params
+    triple = ln_weight.shape[0]
+    origin = pert.mean(1)
+    rows = cells - origin[:, None, None], pert - origin[:, None], cand - origin[:, None, None]
+    (sum_c, square_c), (sum_p, square_p), (sum_k, square_k) = ((x.sum(-1), torch.linalg.vecdot(x, x)) for x in rows)
+    mean = (sum_c[:, :, None] + (sum_p[:, None] + sum_k)[:, None]) / triple
+    square = (square_c[:, :, None] + (square_p[:, None] + square_k)[:, None]) / triple
+    rstd = square.addcmul_(mean, mean, value=-1).add_(EPS).rsqrt_()
+    maps = torch.cat([A1, F])
+    weights = maps * ln_weight
+    of = (x @ w.T for x, w in zip(rows, weights.chunk(3, 1), strict=True))
+    drop = 0 if seed is None else rate(dropout)
+    hidden = Hidden(
+        *of, weights.sum(1), maps @ ln_bias + torch.cat([a1, f]), mean, rstd, seed or 0, drop, 1 / (1 - drop / DRAWS)
+    )
+    return _Operands(rows, maps, weights, hidden)
+
+
+def _spread(logits: Tensor, scale: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean [..., 1] and 1 / scale of the logits, and the pull of a distance from the mean by Σ pull · Δ."""
+    if scale == "learned" or logits.numel() == 0:
+        return logits.new_zeros(1), logits.new_ones(1), logits.new_zeros(1, dtype=torch.float64)
+    axes = (0, 1, 2, 3) if scale == "batch_std" else (1, 2, 3)
+    variance, mean = torch.var_mean(logits.double(), axes, keepdim=True)
+    deviation = variance.sqrt()[..., 0]
+    inverse = 1 / deviation.clamp(min=LEAST)
+    count = logits.numel() // deviation.numel()
+    curve = torch.where(deviation <= LEAST, 0, -inverse.square() / (count - 1))
+    return mean.to(logits.dtype), inverse.to(logits.dtype), curve
