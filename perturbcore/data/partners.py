@@ -32,7 +32,7 @@ class _Families(NamedTuple):
 
 def simulate_partners(
     n_genes: int = 120,
-    n_families: int = 64,
+    n_families: int = 128,
     n_contexts: int = 6,
     *,
     partners: int = 2,
@@ -148,7 +148,7 @@ def simulate_partners(
 def _families(n_families: int, partners: int, n_states: int, n_programs: int, rng: np.random.Generator) -> _Families:
     kind = np.array([-1] + [k for k in range(n_states) for _ in range(partners)])
     suffix = [""] + [f"{chr(ord('A') + k)}{i + 1}" for k in range(n_states) for i in range(partners)]
-    names = np.array([f"FAM{f + 1:02d}{s}" for f in range(n_families) for s in suffix])
+    names = np.array([f"FAM{f + 1:03d}{s}" for f in range(n_families) for s in suffix])
     program = np.stack([rng.permutation(n_programs)[:n_states] for _ in range(n_families)])  # [families, states]
     sign = rng.choice([-1.0, 1.0], (n_families, n_states))
     runs = np.where(kind[:, None] < 0, np.arange(n_states), kind[:, None])  # [members, states]: whose program

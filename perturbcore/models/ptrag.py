@@ -65,6 +65,7 @@ class PTRAG(Model):
     """
 
     name = "ptrag"
+    needs = "embedding"
     Config = PTRAGConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "paper": PAPER}
 
