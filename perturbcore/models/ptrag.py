@@ -148,7 +148,8 @@ class PTRAG(Model):
         held = [p for p, ok, why in zip(wanted, told.searchable, told.fallback, strict=True) if ok and not why]
         without = [p for p in wanted if p not in set(held)]
         if without and self.config.bank is not None:
-            raise DataError(f"The bank names {listed([str(p) for p in without])}, for which the embedding has no vector.")
+            lacking = listed([str(p) for p in without])
+            raise DataError(f"The bank names {lacking}, for which the embedding has no vector.")
         return held, without
 
     def _bank(self, split: Split) -> list[Perturbation]:
