@@ -54,6 +54,10 @@ class PTRAGNetwork(nn.Module):
     sum, of F·LN[c; p; k] over the candidates kept. The token of a cell is p + c + r, or r, plus its batch.
     """
 
+    cell_mean: Tensor  # [G]
+    cell_scale: Tensor
+    score_std: Tensor  # running, of the scores of the training batches
+
     def __init__(self, config: PTRAGConfig, sizes: Sizes) -> None:
         super().__init__()
         width = config.width
@@ -165,19 +169,19 @@ class PTRAGNetwork(nn.Module):
 
     def _params(self) -> tuple[Literal["learned", "set_std", "batch_std"], ops.SelectParams]:
         """Return what the scores are to be divided by, and the weights of stage 2."""
-        scale, choose, bias = self.config.scale, self.choose.weight, self.choose.bias
-        if scale == "batch_std" and self.config.running and not self.training:
-            scale, choose, bias = "learned", choose / self.score_std, bias / self.score_std
-        return scale, ops.SelectParams(
+        params = ops.SelectParams(
             self.norm.weight,
             self.norm.bias,
             self.score.weight,
             self.score.bias,
-            choose,
-            bias,
+            self.choose.weight,
+            self.choose.bias,
             self.project.weight,
             self.project.bias,
         )
+        if self.config.scale == "batch_std" and self.config.running and not self.training:
+            return "learned", params._replace(A2=params.A2 / self.score_std, a2=params.a2 / self.score_std)
+        return self.config.scale, params
 
     @torch.no_grad()
     def _track(self, c: Tensor, p: Tensor, k: Tensor) -> None:
