@@ -27,6 +27,7 @@ from perturbcore.kernels.graph import gated_pool_triton_gpu as pool
 from perturbcore.kernels.graph import gatv2_triton_gpu as gatv2
 from perturbcore.kernels.graph import masked_spmm_triton_gpu as masked
 from perturbcore.kernels.graph import triton_gpu as graph
+from perturbcore.kernels.selection import topk_triton_gpu as topk
 from perturbcore.kernels.transport import energy_triton_gpu as energy
 from perturbcore.kernels.transport import pairs_triton_gpu as pairs
 from perturbcore.kernels.transport import sinkhorn_triton_gpu as sinkhorn
@@ -166,6 +167,12 @@ for name, (kernel, own, exact, numbers, constants) in TRANSPORT.items():
         types = dict.fromkeys(own, f"*{number}") | dict.fromkeys(exact, "*fp64") | numbers
         typed = {"NUMBER": kind} if "NUMBER" in kernel.arg_names else {}
         CONFIGURATIONS[f"transport {name} {number}"] = (kernel, types, constants | typed, pairs.WARPS)
+
+# the nearest rows: cosines in float64 of rows of either type
+for number in ("fp32", "fp64"):
+    types = {"unit": "*fp64", "norm": "*fp64", "rows": f"*{number}", "cosine": f"*{number}", "exclude": "*i64"}
+    types |= dict.fromkeys(("queries", "number", "features", "excluded"), "i32") | {"first": "i64"}
+    CONFIGURATIONS[f"cosine_topk {number}"] = (topk._cosine_kernel, types, topk.BLOCKS, topk.WARPS)
 
 # per-gene distances: the places of one side against the other, and their sum
 SORTED = {"x_group": "*i64", "x_ptr": "*i64", "y_ptr": "*i64"}

@@ -3,7 +3,7 @@
 from perturbcore.kernels.selection.select_triton_gpu import gumbel_select, gumbel_select_backward
 from perturbcore.kernels.selection.sigmoid_triton_gpu import gumbel_sigmoid, gumbel_sigmoid_backward
 from perturbcore.kernels.selection.topk_gradient import cosine_topk_backward
-from perturbcore.kernels.selection.topk_reference import cosine_topk, prepare_bank
+from perturbcore.kernels.selection.topk_triton_gpu import cosine_topk, prepare_bank
 
 __all__ = [
     "cosine_topk",
