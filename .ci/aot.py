@@ -27,6 +27,8 @@ from perturbcore.kernels.graph import gated_pool_triton_gpu as pool
 from perturbcore.kernels.graph import gatv2_triton_gpu as gatv2
 from perturbcore.kernels.graph import masked_spmm_triton_gpu as masked
 from perturbcore.kernels.graph import triton_gpu as graph
+from perturbcore.kernels.selection import select_triton_gpu as choice
+from perturbcore.kernels.selection import sigmoid_triton_gpu as sigmoid
 from perturbcore.kernels.selection import topk_triton_gpu as topk
 from perturbcore.kernels.transport import energy_triton_gpu as energy
 from perturbcore.kernels.transport import pairs_triton_gpu as pairs
@@ -38,7 +40,15 @@ BUDGET = Path(__file__).with_name("kernels.json")
 ARCHITECTURES = (80, 90)
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
-WIDTHS = ("features", "hidden", "channels", "a_stride", "b_stride", "x_stride")  # multiples of 16 where it matters
+WIDTHS = (
+    "features",
+    "hidden",
+    "channels",
+    "width",
+    "a_stride",
+    "b_stride",
+    "x_stride",
+)  # multiples of 16 where it matters
 CSR = {"rowptr": "*i32", "col": "*i32"}
 SPMM = CSR | {"edge": "*i32", "weight": "*fp32", "x": "*fp32", "out": "*fp32"}
 SIZES = dict.fromkeys(("num_rows", "num_edges", "features", "terms"), "i32")
@@ -196,6 +206,34 @@ for number in ("fp32", "fp64"):
         wasserstein.SUM,
         wasserstein.WARPS,
     )
+
+# choice among candidates: the kernel, its tensors, its sizes, other arguments, constants
+KEYS = {"key_low": "i64", "key_high": "i64"}
+TRIPLE = ("cells", "pert", "cand", "total", "bias", "mean", "rstd", "A2")
+SUMMED = ("from_cells", "from_cand", "from_params", "from_mean", "from_rstd")
+DROPPED = {"drop": "i32", "share": "fp64"} | KEYS
+CHOICE: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...], dict[str, str], dict[str, Any]]] = {
+    "gumbel_select score": (
+        *(choice._score_kernel, (*TRIPLE, "a2", "logits"), ("size", "number", "width")),
+        *(DROPPED, choice.TILE | {"DROPPING": True}),
+    ),
+    "gumbel_select score backward": (
+        *(choice._score_bwd_kernel, (*TRIPLE, "grad", *SUMMED), ("batch", "size", "number", "width")),
+        *(DROPPED, choice.TILE_BACKWARD | {"DROPPING": True, "CELLS": choice.CELLS}),
+    ),
+    "gumbel_sigmoid": (
+        *(sigmoid._gates_kernel, ("logits", "gates"), ("size", "columns"), {"tau": "fp64"} | KEYS),
+        {"noise": None, "SEEDED": True, "HARD": True, "BLOCK": sigmoid.BLOCK},
+    ),
+    "gumbel_sigmoid backward": (
+        *(sigmoid._gates_bwd_kernel, ("logits", "grad", "out"), ("size", "columns"), {"tau": "fp64"} | KEYS),
+        {"noise": None, "SEEDED": True, "BLOCK": sigmoid.BLOCK},
+    ),
+}
+for name, (kernel, floats, sizes, others, constants) in CHOICE.items():
+    for number in ("fp32", "fp64"):
+        types = dict.fromkeys(floats, f"*{number}") | dict.fromkeys(sizes, "i32") | others
+        CONFIGURATIONS[f"{name} {number}"] = (kernel, types, constants, choice.WARPS)
 
 
 def usage(binary: Path, architecture: int) -> Iterator[tuple[str, dict[str, int]]]:

@@ -21,7 +21,7 @@ from perturbcore.benches import ptrag_eager as eager
 from perturbcore.benches.case import Case, Outputs, Problem, Work
 from perturbcore.data import CellSets, GeneEmbedding, Scale, Screen, Split
 from perturbcore.kernels.common.reference import logistic
-from perturbcore.kernels.selection.select_reference import _dropped as dropped
+from perturbcore.kernels.selection.select_reference import dropped
 from perturbcore.models import PTRAG
 from perturbcore.models.ptrag_network import PTRAGNetwork
 from perturbcore.models.ptrag_objective import PTRAGObjective

@@ -182,11 +182,11 @@ def _factorise(
     rstd = square.addcmul_(mean, mean, value=-1).add_(EPS).rsqrt_()
     maps = torch.cat([A1, F])
     weights = maps * ln_weight
-    of = (x @ w.T for x, w in zip(rows, weights.chunk(3, 1), strict=True))
+    of_cells, of_pert, of_cand = (x @ w.T for x, w in zip(rows, weights.chunk(3, 1), strict=True))
+    bias = maps @ ln_bias + torch.cat([a1, f])
     drop = 0 if seed is None else rate(dropout)
-    hidden = Hidden(
-        *of, weights.sum(1), maps @ ln_bias + torch.cat([a1, f]), mean, rstd, seed or 0, drop, 1 / (1 - drop / DRAWS)
-    )
+    share = 1 / (1 - drop / DRAWS)
+    hidden = Hidden(of_cells, of_pert, of_cand, weights.sum(1), bias, mean, rstd, seed or 0, drop, share)
     return _Operands(rows, maps, weights, hidden)
 
 

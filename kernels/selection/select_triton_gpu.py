@@ -20,6 +20,7 @@ from perturbcore.kernels.selection.sigmoid_triton_gpu import gumbel_sigmoid, gum
 
 CELLS = 32  # of a set, that one program of the backward pass serves
 TILE = {"BLOCK_K": 16, "BLOCK_H": 64}  # candidates × features
+TILE_BACKWARD = {"BLOCK_K": 16, "BLOCK_H": 32}
 WARPS = 4
 
 
@@ -177,7 +178,7 @@ def _options(hidden: Hidden) -> dict[str, Any]:
         "share": hidden.share,
         "DROPPING": hidden.drop > 0,
         "num_warps": WARPS,
-    } | TILE
+    }
 
 
 def score(hidden: Hidden, A2: Tensor, a2: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ def score(hidden: Hidden, A2: Tensor, a2: Tensor) -> Tensor:
     if logits.numel():
         grid = (batch * size * triton.cdiv(number, TILE["BLOCK_K"]),)
         tensors = *(t.contiguous() for t in (*hidden[:7], A2, a2)), logits
-        _score_kernel[grid](*tensors, size, number, A2.shape[1], **_options(hidden))
+        _score_kernel[grid](*tensors, size, number, A2.shape[1], **TILE, **_options(hidden))
     return logits
 
 
@@ -198,16 +199,14 @@ def score_backward(hidden: Hidden, A2: Tensor, grad: Tensor, grad_cells: Tensor)
     two numbers per pair for every block of features.
     """
     (batch, size, number), width = hidden.mean.shape, A2.shape[1]
-    chunks, blocks, slabs = (
-        triton.cdiv(n, step) for n, step in ((size, CELLS), (number, TILE["BLOCK_K"]), (width, TILE["BLOCK_H"]))
-    )
+    chunks, blocks, slabs = map(triton.cdiv, (size, number, width), (CELLS, *TILE_BACKWARD.values()))
     from_cells, from_cand = A2.new_empty(blocks, batch, size, width), A2.new_empty(batch, chunks, number, width)
     from_params = A2.new_empty(batch * chunks * blocks, 4, width)
     from_mean, from_rstd = (A2.new_empty(slabs, batch, size, number) for _ in range(2))
     if hidden.mean.numel():
         tensors = *(t.contiguous() for t in (*hidden[:7], A2, grad)), from_cells, from_cand, from_params
         _score_bwd_kernel[batch * chunks, blocks, slabs](
-            *tensors, from_mean, from_rstd, batch, size, number, width, CELLS=CELLS, **_options(hidden)
+            *tensors, from_mean, from_rstd, batch, size, number, width, CELLS=CELLS, **TILE_BACKWARD, **_options(hidden)
         )
     grad_cells[..., :width] = from_cells.sum(0)
     of_total, of_bias, of_A2 = from_params.sum(0).split([1, 1, 2])

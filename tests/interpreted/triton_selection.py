@@ -55,6 +55,7 @@ def test_nan_stays_nan_in_a_hard_gate():
 
 
 def test_sizes_reach_beyond_one_block():
-    assert SIZES[0][2] > select_triton_gpu.TILE["BLOCK_K"]
-    assert SIZES[2][3] > select_triton_gpu.TILE["BLOCK_H"]
+    for tile in (select_triton_gpu.TILE, select_triton_gpu.TILE_BACKWARD):
+        assert SIZES[0][2] > tile["BLOCK_K"]
+        assert SIZES[2][3] > tile["BLOCK_H"]
     assert SIZES[3][1] > select_triton_gpu.CELLS
