@@ -11,6 +11,8 @@ from agreement import assert_close
 from inputs import normal, requiring_grad
 
 from perturbcore import ops
+from perturbcore.kernels.common.reference import logistic, philox
+from perturbcore.kernels.selection.select_reference import dropped
 
 DTYPES = [torch.float32, torch.float64]
 SCALES = ["batch_std", "set_std", "learned"]
@@ -124,3 +126,178 @@ def test_gumbel_sigmoid_by_hand(backend):
     soft = [1 / (1 + math.exp(-2 * v)) for v in (-1.0, 0.0, 2.0)]
     assert slope[0].tolist() == pytest.approx([2 * s * (1 - s) for s in soft], rel=1e-12)
     assert ops.gumbel_sigmoid(logits, tau=0.5, hard=False)[0].tolist() == pytest.approx(soft, rel=1e-12)
+
+
+# ---- what is drawn
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 3, -1])
+def test_noise_has_the_index_of_cell_and_candidate(backend, seed):
+    size = 3, 7, 5, 4
+    row, column = torch.arange(21)[:, None], torch.arange(5)
+    noise = logistic(seed, row, column, torch.float64)
+    given, params = operands(*size), parameters(4)
+    for options in ({"scale": "learned"}, {"hard": False}):
+        drawn = ops.gumbel_select(*given, params, seed=seed, **options)
+        told = ops.gumbel_select(*given, params, noise=noise.view(3, 7, 5), **options)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(drawn, told, strict=True))
+    logits = normal(3, 7, 5)
+    assert torch.equal(ops.gumbel_sigmoid(logits, seed=seed), (logits + noise.view(3, 7, 5) > 0).double())
+    assert torch.equal(ops.gumbel_sigmoid(logits[0, 0], seed=seed), (logits[0, 0] + noise[0] > 0).double())
+
+
+def test_backends_draw_the_same(backend):
+    given, params = operands(2, 40, 6, 5), parameters(5)
+    result = ops.gumbel_select(*given, params, seed=11, dropout=0.4)
+    with ops.backend("reference"):
+        expected = ops.gumbel_select(*given, params, seed=11, dropout=0.4)
+    assert torch.equal(result[1], expected[1])
+    assert_close(result[0], expected[0])
+
+
+def multiplied_by(seed, size, dropout):
+    """What the scorer's features are multiplied by, number by number, as the family's docstring says."""
+    batch, cells, number, width = size
+    blocks, drop = -(-number * width // 8), round(dropout * 65536)
+    kept = torch.zeros(batch * cells, number * width, dtype=torch.float64)
+    for row in range(batch * cells):
+        for n in range(number * width):
+            word, rest = divmod(n, 2 * blocks)
+            counter = tuple(torch.tensor([c]) for c in (rest // 2, row, 0, 1))
+            bits = int(philox((seed, 0), counter)[word][0]) >> 16 * (n % 2) & 0xFFFF
+            kept[row, n] = (bits >= drop) / (1 - drop / 65536)
+    return kept.view(batch, cells, number, width)
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_dropout_is_as_it_is_documented(backend, number):
+    size = 1, 2, number, 5
+    kept = multiplied_by(9, size, 0.3)
+    assert 0 < int((kept == 0).sum()) < kept.numel() / 2
+    noise = logistic(9, torch.arange(2)[:, None], torch.arange(number), torch.float64)[None]
+
+    def expected(cells, pert, cand, params):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(functional, "gelu", lambda x, gelu=functional.gelu: gelu(x) * kept)
+            return written_out(cells, pert, cand, params, noise, "batch_std")
+
+    tensors = (*operands(*size), *parameters(5))
+    agrees(lambda *a: ops.gumbel_select(*a, seed=9, dropout=0.3), expected, tensors, torch.float64)
+
+
+def test_dropout_drops_its_share_in_every_cell_and_no_more():
+    kept = dropped(torch.empty(4, 50, 16, 3 * 128), 5, 0.1)
+    share = (kept == 0).double().mean((2, 3))
+    assert abs(float(share.mean()) - 0.1) < 0.001  # the standard error is 0.0005
+    assert float((share - 0.1).abs().max()) < 0.035  # of one cell 0.0066
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.9], rel=1e-5)
+    assert not torch.equal(kept[0, 0], kept[0, 1])
+    assert not torch.equal(kept[0, 0], kept[1, 0])
+
+
+def test_keep_is_drawn_with_the_probability_that_is_told(backend):
+    given, params = [t.float() for t in operands(1, 1, 6, 8)], ops.SelectParams(*(p.float() for p in parameters(8)))
+    (cells, pert, cand), draws = given, 4000
+    _, probability = ops.gumbel_select(*given, params, tau=1.0, hard=False, scale="set_std")
+    sets = cells.expand(draws, -1, -1), pert.expand(draws, -1), cand.expand(draws, -1, -1)
+    _, keep = ops.gumbel_select(*sets, params, seed=1, scale="set_std")
+    assert set(keep.unique().tolist()) == {0.0, 1.0}
+    assert float((keep.mean(0) - probability[0]).abs().max()) < 4 * 0.5 / draws**0.5
+    assert float(probability.max() - probability.min()) > 0.2
+
+
+def test_nothing_drawn_is_kept_for_the_backward_pass():
+    size = 2, 10, 16, 8
+    inputs, shapes = requiring_grad([*operands(*size), *parameters(8)]), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+        ops.gumbel_select(*inputs[:3], ops.SelectParams(*inputs[3:]), seed=1, dropout=0.2)
+        ops.gumbel_sigmoid(inputs[0], seed=1)
+    pairs = [shape for shape in shapes if shape[:3] == size[:3]]
+    assert sorted(pairs) == [(2, 10, 16), (2, 10, 16, 2)]  # keep and the logits
+    assert len(shapes) == 11 + 2 + 1
+
+
+# ---- the ends of the range
+
+
+def by_row(backend, rows, dtype):
+    """With a learned scale: rows that are nearly alike have logits that are, and their deviation few digits."""
+    if backend == "reference" and dtype == torch.float32:
+        pytest.skip("PyTorch's layer_norm has fewer digits there")
+    noise = logistic_noise(2, 5, 6).to(dtype)
+    agrees(
+        lambda *a: ops.gumbel_select(*a, noise=noise, scale="learned"),
+        lambda *a: written_out(*a, noise.double(), "learned"),
+        (*(t.to(dtype) for t in rows), *parameters(16)),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("offsets", [(1000, 1000, 1000), (1000, 0, -500), (0, 1000, 0), (-300, 200, 5000)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_far_from_the_origin(backend, offsets, dtype):
+    by_row(backend, [t + at for t, at in zip(operands(2, 5, 6, 16), offsets, strict=True)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_constant_rows_are_divided_by_the_root_of_eps(backend, dtype):
+    rows = [torch.full_like(t, 3.0) for t in operands(2, 5, 6, 16)]
+    rows[0][1, :, 0] += 0.01 * torch.arange(5)
+    by_row(backend, rows, dtype)
+
+
+def test_a_scorer_that_tells_nothing_is_divided_by_the_least_scale(backend):
+    params = parameters(4)
+    params = params._replace(A2=torch.zeros(2, 4).double(), a2=torch.full((2,), 0.25).double())
+    inputs = requiring_grad([*operands(2, 3, 5, 4), *params])
+    for scale in ("batch_std", "set_std"):
+        context, keep = ops.gumbel_select(
+            *inputs[:3], ops.SelectParams(*inputs[3:]), noise=logistic_noise(2, 3, 5), scale=scale
+        )
+        assert torch.equal(keep, (logistic_noise(2, 3, 5) > 0).double())
+        assert all(g.isfinite().all() for g in torch.autograd.grad((context.sum(), keep.sum()), inputs))
+    soft = ops.gumbel_select(*inputs[:3], ops.SelectParams(*inputs[3:]), hard=False, scale="batch_std")[1]
+    (slope,) = torch.autograd.grad(soft.sum(), inputs[8])  # a2: 30 pairs, a quarter each, over tau and the least scale
+    assert slope.tolist() == pytest.approx([-30 * 0.25 / 0.5 / 1e-6, 30 * 0.25 / 0.5 / 1e-6], rel=1e-9)
+
+
+def test_where_nothing_is_kept_the_context_is_zero(backend):
+    inputs = requiring_grad([*operands(2, 3, 5, 4), *parameters(4)])
+    noise = torch.full((2, 3, 5), -1e4).double()
+    noise[1, 2, 3] = 1e4
+    context, keep = ops.gumbel_select(*inputs[:3], ops.SelectParams(*inputs[3:]), noise=noise)
+    assert int(keep.sum()) == 1
+    assert int((context.abs().sum(2) == 0).sum()) == 5
+    assert context[1, 2].abs().sum() > 0
+    grads = torch.autograd.grad(context.sum(), inputs)
+    assert not grads[0][0].any()
+    assert grads[10].tolist() == pytest.approx([1.0] * 4)  # f: one candidate is kept
+
+
+@pytest.mark.parametrize("size", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (0, 0, 0, 5)])
+@pytest.mark.parametrize("scale", SCALES)
+def test_of_nothing(backend, size, scale):
+    inputs = requiring_grad([*operands(*size), *parameters(5)])
+    context, keep = ops.gumbel_select(*inputs[:3], ops.SelectParams(*inputs[3:]), seed=1, scale=scale, dropout=0.1)
+    assert (context.shape, keep.shape) == ((*size[:2], 5), size[:3])
+    assert not context.any()
+    grads = torch.autograd.grad((context.sum(), keep.sum()), inputs)
+    assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, inputs, strict=True))
+    assert ops.gumbel_sigmoid(inputs[2], seed=1).shape == inputs[2].shape
+
+
+def test_gradients_of_one_result_alone(backend):
+    inputs = requiring_grad([*operands(2, 3, 5, 4), *parameters(4)])
+    context, keep = ops.gumbel_select(*inputs[:3], ops.SelectParams(*inputs[3:]), seed=1)
+    directions = normal(2, 3, 4), normal(2, 3, 5)
+    both = torch.autograd.grad((context, keep), inputs, directions, retain_graph=True)
+    one = torch.autograd.grad(context, inputs, directions[0], retain_graph=True)
+    other = torch.autograd.grad(keep, inputs, directions[1], allow_unused=True)
+    for whole, a, b in zip(both, one, other, strict=True):
+        assert_close(a + b, whole)
+    assert not other[9].any()  # the projection has no part in keep
+
+
+def test_a_hard_gate_keeps_nan(backend):
+    logits = torch.tensor([[float("nan"), 1.0], [-1.0, float("nan")]])
+    assert ops.gumbel_sigmoid(logits).isnan().tolist() == [[True, False], [False, True]]

@@ -35,6 +35,12 @@ elif sys.argv[1] == "gatv2":
     inputs = normal(N, 2, D // 2), normal(N, 2, D // 2), normal(2, D // 2)
     op = lambda u, v, att: ops.gatv2(graph, u, v, att)
     inner, own = E * D * 4, (6 * N * D + 4 * E) * 4
+elif sys.argv[1] == "gumbel_select":
+    B, S, K, H = 8, 256, 32, 64
+    inputs = normal(B, S, H), normal(B, H), normal(B, K, H), *(normal(*shape) for shape in (
+        (3 * H,), (3 * H,), (H, 3 * H), (H,), (2, H), (2,), (H, 3 * H), (H,)))
+    op = lambda *a: torch.cat(ops.gumbel_select(*a[:3], ops.SelectParams(*a[3:]), seed=0, dropout=0.1), 2)
+    inner, own = B * S * K * 3 * H * 4, (12 * B * S * H + 20 * B * S * K) * 4
 elif sys.argv[1] in ("energy_distance", "sinkhorn_divergence"):
     B, N, D = 4, 150, 256
     inputs = normal(B, N, D), normal(B, N, D)
@@ -62,7 +68,7 @@ print(min(peak_bytes(call) for _ in range(2)), own, inner)
 """
 
 
-OPS = ["spmm", "sddmm", "gatv2", "gated_pool", "energy_distance", "sinkhorn_divergence"]
+OPS = ["spmm", "sddmm", "gatv2", "gated_pool", "gumbel_select", "energy_distance", "sinkhorn_divergence"]
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,10 @@ def select(
     _, inverse, _ = _spread(logits, scale)
     keep = kernels.gates((logits[..., 1] - logits[..., 0]) * inverse, noise, tau, hard, seed)
     share = keep * hidden.rstd
-    context = torch.baddbmm(keep.sum(2)[..., None] * hidden.bias[width:], share, hidden.cand[..., width:])
-    context -= (share * hidden.mean).sum(2)[..., None] * hidden.total[width:]
-    context += share.sum(2)[..., None] * (hidden.cells + hidden.pert[:, None])[..., width:]
+    weight, shift, kept = (t.sum(2, keepdim=True) for t in (share, share * hidden.mean, keep))
+    context = share @ hidden.cand[..., width:]
+    context.addcmul_(weight, hidden.cells[..., width:]).addcmul_(weight, hidden.pert[:, None, width:])
+    context.addcmul_(shift, hidden.total[width:], value=-1).addcmul_(kept, hidden.bias[width:])
     return context, keep, logits
 
 
@@ -124,8 +125,9 @@ def select_backward(
     total, bias, mean, rstd = hidden.total[width:], hidden.bias[width:], hidden.mean, hidden.rstd
 
     # the projection and its sum
-    by_total, own = (up @ total)[..., None], (hidden.cells + hidden.pert[:, None])[..., width:]
-    pulled = torch.baddbmm((up * own).sum(2)[..., None] - mean * by_total, up, hidden.cand[..., width:].mT)
+    by_total = (up @ total)[..., None]
+    by_own = torch.linalg.vecdot(up, hidden.cells[..., width:])[..., None] + up @ hidden.pert[:, width:, None]
+    pulled = torch.baddbmm(by_own - mean * by_total, up, hidden.cand[..., width:].mT)
     d_keep = pulled * rstd + (up @ bias)[..., None]
     share = keep * rstd
     weight, shift, kept = share.sum(2), (share * mean).sum(2), keep.sum(2)
