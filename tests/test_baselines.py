@@ -85,6 +85,13 @@ def test_nearest_neighbour_takes_the_nearest_of_the_context(screen):
     np.testing.assert_allclose(responses(model, screen, ["x::A", "y::B"]), [[1, 0, 0], [0, 4, 0]], atol=1e-5)
 
 
+def test_a_perturbation_without_direction_is_no_neighbour(screen):
+    vectors = GeneEmbedding("toy", ["A", "B", "C"], np.array([[0.0, 0], [0, 1], [-1, -1]], np.float32))
+    model = BASELINES["nearest_neighbour"](embedding=vectors).fit(screen, SEEN, progress=False)
+    model.k = 2  # of B and C alone: A has cosine 0, more than C
+    np.testing.assert_allclose(responses(model, screen, ["x::A+B"]), [[0.5, 2, 0]], atol=1e-5)
+
+
 def test_ridge_recovers_a_linear_response(screen):
     linear = split([("x", A), ("x", B)], [("x", C)], [("x", AB)])
     model = BASELINES["ridge"](embedding=VECTORS).fit(screen, linear, progress=False)

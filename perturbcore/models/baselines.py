@@ -18,6 +18,7 @@ import torch
 from perturbcore.data import Condition, MissingInput, Perturbation, Screen, Split
 from perturbcore.models.linear import INTERCEPT, GeneVectors, KernelRidge, Rows, fit_ridge, left_out_with
 from perturbcore.models.response import MeanResponse, Shift
+from perturbcore.retrieval import Index
 
 
 @dataclass(frozen=True)
@@ -157,31 +158,43 @@ class NearestNeighbour(WithVectors):
 
     name = "nearest_neighbour"
 
+    def _remember(self, conditions: Sequence[Condition], deltas: np.ndarray, direction: np.ndarray) -> None:
+        super()._remember(conditions, deltas, direction)
+        usable = np.flatnonzero(self.known & self.features.any(axis=1))
+        self.of_all = self._index(usable)
+        self.of_one = {context: self._index(np.intersect1d(usable, rows)) for context, rows in self.of_context.items()}
+
+    def _index(self, rows: np.ndarray) -> tuple[np.ndarray, Index | None]:
+        """Return rows of the table, and an index of their vectors; None where there are none."""
+        names = [f"{self.conditions[i].context}::{self.conditions[i].perturbation}" for i in rows]
+        return rows, Index(names, self.features[rows]) if len(rows) else None
+
     def _choose(self, left_out: np.ndarray) -> None:
         rows = np.flatnonzero(self.known)
-        cosine = _unit(self.features) @ _unit(self.features).T
-        cosine[left_out[:, None] == left_out] = -np.inf
         most = max(1, len(rows) - int(np.bincount(left_out[rows]).max()))
         error = np.zeros(most)
         for i in rows:
-            order = self._nearest(cosine[i], self.conditions[i].context)[:most]
+            order = self._nearest(self.features[i], self.conditions[i].context, most, left_out == left_out[i])
+            if len(order) == 0:
+                continue
             running = np.cumsum(self.responses[order], axis=0) / np.arange(1, len(order) + 1)[:, None]
             mse = ((running - self.responses[i]) ** 2).mean(axis=1)
             error += np.pad(mse, (0, most - len(mse)), mode="edge")
         self.k = 1 + int(error.argmin())
         self.notes["k"] = self.k
 
-    def _nearest(self, cosine: np.ndarray, context: str) -> np.ndarray:
-        """Rows of the table by cosine [n], those of the context alone where it has any; -inf is left out."""
-        usable = np.flatnonzero(self.known & (cosine > -np.inf))
-        here = np.intersect1d(usable, self.of_context.get(context, []))
-        rows = here if len(here) else usable
-        return rows[np.argsort(-cosine[rows], kind="stable")]
+    def _nearest(self, vector: np.ndarray, context: str, k: int, left_out: np.ndarray | None = None) -> np.ndarray:
+        """Rows of the table nearest to a vector [d], k or all if fewer: of the context, of all if it has none."""
+        for rows, index in (self.of_one.get(context, (np.zeros(0, np.int64), None)), self.of_all):
+            without = np.flatnonzero(left_out[rows]) if left_out is not None else np.zeros(0, np.int64)
+            if index is not None and len(without) < len(rows):
+                found = index.search(vector[None], min(k, len(rows) - len(without)), without[None])[1]
+                return rows[found[0].numpy()]
+        return np.zeros(0, np.int64)
 
     def _shift(self, conditions: Sequence[Condition], control: np.ndarray, direction: np.ndarray) -> Shift:
         features, found = self.vectors([c.perturbation for c in conditions])
-        cosine = _unit(features) @ _unit(self.features).T
-        nearest = [self._nearest(row, c.context)[: self.k] for row, c in zip(cosine, conditions, strict=True)]
+        nearest = [self._nearest(vector, c.context, self.k) for vector, c in zip(features, conditions, strict=True)]
         found &= np.array([len(rows) > 0 for rows in nearest])
         delta = np.stack([self.responses[r].mean(axis=0) if len(r) else np.zeros_like(control[0]) for r in nearest])
         return self._or_mean(conditions, found, delta)
@@ -223,11 +236,6 @@ class Ridge(WithVectors):
         super()._restore(tensors, state)
         rows = self._rows().at(np.flatnonzero(self.known))
         self.fitted = KernelRidge(rows=rows, alpha=tensors["alpha"].numpy(), **state["ridge"])
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(norm > 0, norm, 1)
 
 
 BASELINES: dict[str, type[Baseline]] = {
