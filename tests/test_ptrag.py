@@ -256,3 +256,42 @@ def test_controls_are_a_set_without_context_of_their_own(small, data):
     of = torch.tensor(is_control)[torch.from_numpy(objective.train.condition)]
     assert not of[inputs.retrieving].any()
     assert not any(c.perturbation.is_control for c in objective_of(small, data, controls=False).train.conditions)
+
+
+def test_the_steps_of_an_epoch_share_its_sets(small, data):
+    objective = objective_of(small, data)
+    assert objective.batches == -(-objective.num_rows // 8) > 2
+    rows = torch.arange(8)
+    for step in (0, 1, objective.batches - 1, objective.batches, 5 * objective.batches + 1):
+        _, target = objective.batch(rows, step)
+        epoch = step // objective.batches
+        assert torch.equal(target, objective.train.batch(rows, epoch).target)
+        assert not torch.equal(target, objective.train.batch(rows, epoch + 1).target)
+
+
+def test_what_is_random_in_a_step_follows_from_its_number(small, data):
+    objective = objective_of(small, data, absent=0.3)
+    objective.module.train()
+    rows = torch.arange(objective.num_rows)
+    first, again, other = (objective.losses(rows, step, 0.0)["loss"].item() for step in (3, 3, 4))
+    assert first == again != other
+    objective.val.rows(7)  # another epoch of the same sets
+    assert objective.losses(rows, 3, 0.0)["loss"].item() == first
+
+
+def test_cells_and_vectors_enter_centred_at_unit_mean_square(small, data):
+    screen, split = data
+    model = fit(unfitted(small, epochs=0), data)
+    controls = np.concatenate([screen.controls(context) for context in screen.contexts])
+    np.testing.assert_allclose(model.network.cell_mean, screen.dense(controls).mean(0), atol=1e-6)
+    scaled = (screen.dense(controls) - model.network.cell_mean.numpy()) / float(model.network.cell_scale)
+    assert np.square(scaled).mean() == pytest.approx(1, rel=1e-4)
+    genes = sorted({gene for c in split.train for gene in c.perturbation.genes})
+    features = model.describe([Perturbation((gene,)) for gene in genes]).features
+    np.testing.assert_allclose(features.mean(0), 0, atol=1e-5)
+    assert np.square(features).mean() == pytest.approx(1, rel=1e-4)
+    plain = fit(unfitted(small, epochs=0, standardise=False), data)
+    assert not plain.network.cell_mean.any()
+    np.testing.assert_array_equal(
+        plain.describe([Perturbation((genes[0],))]).features, small.embedding.lookup(genes[:1])[0]
+    )

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perturbcore import ops
 from perturbcore.data import GeneEmbedding, KnowledgeGraph, Perturbation
 from perturbcore.models.ptrag_network import Inputs
+from perturbcore.retrieval import Index
 
 
 class Described(NamedTuple):
@@ -157,9 +157,9 @@ class Table(NamedTuple):
         candidates = np.zeros((len(query), k + own), np.int64)
         similarity = np.zeros((len(query), k + own), np.float32)
         if retrieves.any():
-            itself = np.where((query < len(pool)) & (not own), query, -1)[retrieves]
-            asked, bank = (torch.from_numpy(told.text[rows]) for rows in (query[retrieves], slice(len(pool))))
-            found = ops.cosine_topk(asked, bank, k + own, torch.from_numpy(itself))
+            index = Index([str(p) for p in pool], told.text[: len(pool)])
+            itself = np.where((query < len(pool)) & (not own), query, -1)
+            found = index.search(told.text[query[retrieves]], k + own, itself[retrieves])
             similarity[retrieves], candidates[retrieves] = (part.numpy() for part in found)
         if control_context and pool:
             is_control = np.array([p.is_control for p in perturbations])
