@@ -12,6 +12,7 @@ import torch
 from perturbcore import ops
 from perturbcore.data import (
     GeneEmbedding,
+    Perturbation,
     Screen,
     prepare,
     simulate,
