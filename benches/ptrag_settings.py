@@ -179,8 +179,8 @@ def run(
     scores = evaluate(task.screen, {setting: predicted}, task.split, seed=seed)
     columns = {metric: scores.values(setting, metric) for metric in METRICS}
     found: dict[Any, pd.DataFrame] = {}
-    if isinstance(model, PTRAG) and task.helps:
-        table = model.retrieved(task.screen, task.split.test)
+    if isinstance(model, PTRAG):
+        table = model.retrieved(task.screen, task.split.test, seed=seed)
         found = dict(iter(table.groupby(["context", "perturbation"], sort=False)))
     rows = []
     for i, condition in enumerate(scores.conditions):
@@ -233,10 +233,8 @@ def results(
     task = make(seed)
     for setting in wanted:
         first = [row for row in values.rows if row["setting"] == "ptrag" and keys.items() <= row.items()]
-        kept = {
-            (row["context"], row["perturbation"]): row["kept"] for row in first if row.get("kept") == row.get("kept")
-        }
-        yield setting, run(task, setting, seed, preset, options, kept if task.helps else {})
+        kept = {(row["context"], row["perturbation"]): row["kept"] for row in first if row.get("kept", -1) >= 0}
+        yield setting, run(task, setting, seed, preset, options, kept)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

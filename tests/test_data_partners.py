@@ -102,7 +102,7 @@ def test_helping_texts_foretell_what_the_own_text_and_all_texts_do_not(
     helping, everyone, own = agreement(truth["helps"]), agreement(family), agreement(np.eye(100)[gene])
     assert helping > 0.9
     assert helping > everyone + 0.15
-    assert helping > own + 0.5
+    assert own < 0.3
 
 
 def test_control_cells_tell_the_state_of_their_line(simulation: Simulation, truth: dict) -> None:

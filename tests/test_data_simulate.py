@@ -157,6 +157,12 @@ def test_batches_and_odd_sizes() -> None:
     assert clean.screen.adata.uns["truth"]["decoy_source"].size == 0
 
 
+def test_dropout_loses_counts() -> None:
+    size = {"n_genes": 40, "n_perturbations": 3, "n_modules": 2, "n_doubles": 0, "n_cells": 20}
+    kept = [(simulate(**size, dropout=share).screen.adata.X != 0).mean() for share in (0.0, 0.5)]
+    assert 0.4 < kept[1] / kept[0] < 0.6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,10 @@ def test_every_setting_gives_the_same_conditions_and_all_metrics(task) -> None:
     for rows in (first, naive, mean):
         assert [(row["context"], row["perturbation"]) for row in rows] == conditions
         assert all(np.isfinite(row["w1"]) and set(METRICS) <= set(row) for row in rows)
+    unplanted = dataclasses.replace(task, helps={})
+    row = ptrag_settings.run(unplanted, "naive", 0, "default", QUICK, kept)[0]
+    assert row["kept"] == kept[row["context"], row["perturbation"]]
+    assert np.isnan(row["chance"])
     for one, other in zip(first, naive, strict=True):
         assert one["kept"] == other["kept"]
         assert one["chance"] == other["chance"] == 0.5, "of four neighbours two help"
@@ -162,7 +167,8 @@ def fake(calls: list) -> object:
 
     def run(task, setting, seed, preset, options, kept):
         calls.append((setting, seed, preset, dict(options), dict(kept)))
-        row = {"context": "line1", "perturbation": "FAM01", "seconds": 1.0, "kept": 2.0, "chance": 0.5}
+        row = {"context": "line1", "perturbation": "FAM01", "seconds": 1.0}
+        row |= {"kept": 2.0, "chance": 0.5} if setting == "ptrag" and task.helps else {}
         return [row | dict.fromkeys(METRICS, float(seed))]
 
     return run
@@ -193,6 +199,18 @@ def test_a_run_goes_on_where_it_broke_off_and_keeps_settings_apart(
     assert ptrag_settings.main([*command[:3], *command[4:], "--preset", "paper", "--set", "ptrag.k=8"]) == 0
     assert [call[:4] for call in calls] == [(name, 0, "paper", {"k": 8}) for name in names]
     assert "## partners (paper, k=8)" in capsys.readouterr().out
+
+
+def test_settings_that_retrieve_nothing_do_not_stop_a_run(
+    task, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    calls: list = []
+    monkeypatch.setattr(ptrag_settings, "run", fake(calls))
+    monkeypatch.setitem(ptrag_settings.SCREENS, "partners", lambda seed: dataclasses.replace(task, helps={}))
+    assert ptrag_settings.main(["partners", "--seeds", "0"]) == 0
+    assert len(calls) == len(ptrag_settings.SETTINGS) + len(BASELINES)
+    assert all(kept == {} for *_, kept in calls)
+    assert "neighbours kept" not in capsys.readouterr().out
 
 
 def test_a_file_is_split_as_asked(task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
