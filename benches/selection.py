@@ -98,8 +98,8 @@ def step(choose: Choose, given: Stages) -> Outputs:
 def ours(given: Stages, cells: Tensor, weight: Tensor, bias: Tensor, params: ops.SelectParams) -> tuple[Tensor, Tensor]:
     """Look neighbours up, encode the rows that occur, choose."""
     encoded, place = encode_once(given, weight, bias)
-    rows = functional.embedding(place, encoded)
-    return ops.gumbel_select(cells, rows[:, 0], rows[:, 1:], params, tau=TAU, seed=SEED, dropout=given.dropout)
+    pert, cand = functional.embedding(place[:, 0], encoded), functional.embedding(place[:, 1:], encoded)
+    return ops.gumbel_select(cells, pert, cand, params, tau=TAU, seed=SEED, dropout=given.dropout)
 
 
 def once(given: Stages, cells: Tensor, weight: Tensor, bias: Tensor, params: ops.SelectParams) -> tuple[Tensor, Tensor]:

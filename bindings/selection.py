@@ -78,7 +78,8 @@ def gumbel_select(
 
     float32 or float64. What depends on a cell, on the perturbation and on a candidate is computed once for each, so the
     call works on arrays of the size of cells and candidates, a few numbers per pair of them, and, in the backward pass,
-    one more array like candidates for every 32 cells of a set. Source: stage 2 of PT-RAG (arXiv 2603.07233).
+    one more array like candidates for every 32 cells of a set; a GPU there also on one like cells for every 16
+    candidates, and on two numbers per pair for every 32 features. Source: stage 2 of PT-RAG (arXiv 2603.07233).
     """
     choose("scale", scale, ("batch_std", "set_std", "learned"))
     cells = values("cells", cells, None, None)

@@ -142,10 +142,10 @@ def select_backward(
     d_difference = kernels.gates_backward(
         difference, noise, tau, seed, d_keep if grad_keep is None else d_keep.add_(grad_keep)
     )
-    stretched = (d_difference * difference).double().sum((1, 2), keepdim=True)
+    stretched = (d_difference * difference).sum((1, 2), keepdim=True, dtype=torch.float64)
     stretched = (stretched.sum() if scale == "batch_std" else stretched) * curve
-    d_difference = d_difference * inverse
-    d_logits = (logits - middle) * stretched.to(logits.dtype)[..., None]
+    d_difference.mul_(inverse)
+    d_logits = (logits - middle).mul_(stretched.to(logits.dtype)[..., None])
     d_logits[..., 0] -= d_difference
     d_logits[..., 1] += d_difference
 
@@ -156,9 +156,9 @@ def select_backward(
     )
     by_square = rstd.pow(3).mul_(of_rstd.addcmul_(keep, pulled)).mul_(-0.5 / (3 * width))
     by_sum = of_mean.addcmul_(share, by_total, value=-1).div_(3 * width).addcmul_(mean, by_square, value=-2)
-    moved = torch.stack([by_sum, by_square], -1)  # gradients of the sums of the rows, and of their squares
-    moves = moved.sum(2), moved.sum((1, 2)), moved.sum(1)
+    moves = [torch.stack([by_sum.sum(d), by_square.sum(d)], -1) for d in (2, (1, 2), 1)]  # of rows' sums and squares
     pulls = d_cells, d_cells.sum(1), d_cand
+    del hidden, pulled, d_keep, share, difference, d_difference, of_cand, of_mean, of_rstd  # what follows is as large
     operands = [
         (pull @ w).addcmul_(x, move[..., 1:], value=2).add_(move[..., :1])
         for pull, w, x, move in zip(pulls, weights.chunk(3, 1), rows, moves, strict=True)
