@@ -171,7 +171,7 @@ def test_resume_gives_the_bits_of_an_uninterrupted_run(small, data, tiny, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         fit_to_the_end(unfitted(small), data, run_dir=tmp_path)
     monkeypatch.setattr(PTRAGObjective, "losses", losses)
-    with pytest.raises(RunError, match=r"sparsity was 0\.1, is 0\.2"):
+    with pytest.raises(RunError, match=r"sparsity was 0\.03, is 0\.2"):
         fit(unfitted(small, sparsity=0.2), data, run_dir=tmp_path, resume=True)
     resumed = fit_to_the_end(unfitted(small), data, run_dir=tmp_path, resume=True)
     assert same(weights(tiny), weights(resumed))

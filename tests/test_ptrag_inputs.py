@@ -172,6 +172,12 @@ def test_training_perturbations_without_a_vector_are_kept_or_dropped(small, fitt
     assert lost not in {str(p) for p in kept.pool}
     with pytest.raises(MissingInput, match=rf"{lost} cannot be predicted: without a vector"):
         dropped.predict(screen, [lost])
+    blind = without(small.embedding, [gene for c in split.val for gene in c.perturbation.genes])
+    assert "val_minus_energy" in fitted(embedding=blind).notes
+    assert fitted(embedding=blind, missing="drop").notes["val_minus_energy"] is None  # nothing is left to validate on
+    nothing = without(small.embedding, [gene for c in split.train for gene in c.perturbation.genes])
+    with pytest.raises(DataError, match="No training perturbation has a vector"):
+        fitted(embedding=nothing, missing="drop", retrieval="none")
 
 
 def test_a_new_gene_needs_the_model_folder_and_its_vector(small, fitted, data, tmp_path, capsys):

@@ -44,7 +44,7 @@ class PTRAGConfig:
     causal: bool = False
     rotary: bool = False
     freeze: bool = False  # backbone and readout stay as they start
-    sparsity: Annotated[float, Field(ge=0)] = 0.1  # weight of the share kept
+    sparsity: Annotated[float, Field(ge=0)] = 0.03  # weight of the share kept
     width: Annotated[int, Field(ge=8)] = 64
     layers: Count = 2
     heads: Count = 4
@@ -52,11 +52,11 @@ class PTRAGConfig:
     hidden: Count = 128  # of the backbone's MLP
     set_size: Count = 64  # cells per set
     batch_size: Count = 16  # sets per step
-    steps: Count = 800  # of training, where `epochs` does not say how long
+    steps: Count = 2_000  # of training, where `epochs` does not say how long
     epochs: Annotated[int, Field(ge=0)] | None = None
-    validate_steps: Count = 25  # steps between two validations, in whole epochs
-    patience: Count = 8  # validations without improvement
-    learning_rate: Annotated[float, Field(ge=0)] = 1e-3
+    validate_steps: Count = 5  # steps between two validations, in whole epochs
+    patience: Count = 10  # validations without improvement
+    learning_rate: Annotated[float, Field(ge=0)] = 7e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # decoupled (AdamW); 0 is Adam
     clip_norm: Annotated[float, Field(gt=0)] = 10.0
 
@@ -90,6 +90,7 @@ PAPER: dict[str, Any] = {
     "causal": True,
     "rotary": True,
     "freeze": True,
+    "sparsity": 0.1,
     "width": 128,
     "layers": 8,
     "heads": 12,
@@ -99,4 +100,5 @@ PAPER: dict[str, Any] = {
     "steps": 50_000,
     "validate_steps": 2_000,
     "patience": 1_000_000,
+    "learning_rate": 1e-3,
 }

@@ -34,12 +34,14 @@ class PTRAGObjective:
             contexts = sorted({c.context for c in conditions})
             conditions = [*conditions, *(Condition(context, Perturbation()) for context in contexts)]
         self.train = self._sets(screen, conditions, reshuffle=self.config.reshuffle)
-        self.val = self._sets(screen, list(split.val), reshuffle=False)
-        self.num_rows, self.num_validated = len(self.train), len(split.val)
+        validated = model.trainable(split.val)
+        self.val = self._sets(screen, validated, reshuffle=False) if validated else None
+        self.num_rows, self.num_validated = len(self.train), len(validated)
         self.batches = -(-self.num_rows // self.config.batch_size)  # steps of an epoch
         own = self.config.self_exclusion == "first_of_batch"
-        self.tables = {id(sets): self._table(sets, own and sets is self.train) for sets in (self.train, self.val)}
-        self.signs = {id(sets): self._sign(sets) for sets in (self.train, self.val)}
+        every = [sets for sets in (self.train, self.val) if sets is not None]
+        self.tables = {id(sets): self._table(sets, own and sets is self.train) for sets in every}
+        self.signs = {id(sets): self._sign(sets) for sets in every}
         self.batch_row = torch.from_numpy(model.batch_rows(screen))
 
     def _sets(self, screen: Screen, conditions: list[Condition], *, reshuffle: bool) -> CellSets:
@@ -96,6 +98,8 @@ class PTRAGObjective:
 
     def validate(self) -> float | None:
         """Minus half the energy distance, the mean over the validation conditions of the mean over their sets."""
+        if self.val is None:
+            return None
         value = []
         for rows in torch.arange(len(self.val)).split(self.config.batch_size):
             drawn = self.val.batch(rows, 0)
