@@ -27,8 +27,9 @@ def backbone(**options):
     return model
 
 
-def test_one_block_is_its_formula():
-    model, x = backbone(layers=1, heads=1, head_dim=4), torch.randn(1, 3, 6)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_one_block_is_its_formula(rotary):
+    model, x = backbone(layers=1, heads=1, head_dim=4, rotary=rotary), torch.randn(1, 3, 6)
     block = model.blocks[0]
 
     def norm(x, weight):
@@ -36,6 +37,7 @@ def test_one_block_is_its_formula():
 
     y = norm(x, block.attention_norm.weight)
     q, k, v = (y @ part.weight.T for part in (block.query, block.key, block.value))
+    q, k = (turn(q), turn(k)) if rotary else (q, k)
     y = x + torch.softmax(q @ k.mT / 2, -1) @ v @ block.out.weight.T
     z = norm(y, block.mlp_norm.weight)
     gate = z @ block.gate.weight.T
