@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from perturbcore.benches import graph, selection, transport, wasserstein
+from perturbcore.benches import graph, selection, topk, transport, wasserstein
 from perturbcore.benches.case import Case
 
-CASES: tuple[Case, ...] = (*graph.CASES, *selection.CASES, *transport.CASES, *wasserstein.CASES)
+CASES: tuple[Case, ...] = (*graph.CASES, *selection.CASES, *topk.CASES, *transport.CASES, *wasserstein.CASES)
 if find_spec("anndata"):  # a machine for kernels alone lacks what models need
     from perturbcore.benches import adapert, evaluation, ptrag
 
