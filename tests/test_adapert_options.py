@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from perturbcore import ops
-from perturbcore.data import Condition, DataError, Screen, prepare, simulate, unseen_context, unseen_perturbation
+from perturbcore.data import (
+    Condition,
+    DataError,
+    Perturbation,
+    Screen,
+    prepare,
+    simulate,
+    unseen_context,
+    unseen_perturbation,
+)
 from perturbcore.models import AdaPert, load
 from perturbcore.models.adapert_alignment import Alignment
 from perturbcore.models.adapert_network import BatchNorm
@@ -213,3 +222,27 @@ def test_directions_are_told_apart_by_default_and_not_by_the_paper(fitted, data)
         model = fitted(preset=preset)
         activated, repressed = model.respond(model.query(asked, control, np.array([1, -1]))[0])
         assert np.array_equal(activated, repressed) == (preset == "paper")
+
+
+def test_the_node_most_like_its_text_stands_in_for_a_gene_that_the_graph_lacks(small, data, fitted, tmp_path):
+    lost, other = data[1].test[0].perturbation.genes[0], small.graph.nodes[0]
+    assert lost != other
+    graph = small.graph.neighbourhood([gene for gene in small.graph.nodes if gene != lost], 0)
+    model = AdaPert(graph=graph, embedding=small.embedding, **TINY, absent_node="similar").fit(*data, progress=False)
+    nodes = model._cut.nodes
+    vectors = small.embedding.lookup(nodes)[0]
+    text = small.embedding.lookup([lost])[0][0]
+    like = int((vectors @ text / np.linalg.norm(vectors, axis=1)).argmax())
+    told = f"{lost} is not in the graph: {nodes[like]}, the node most like its text, stands in"
+    own, (why, *_) = model.interventions([Perturbation((lost,)), Perturbation((lost, other))])
+    assert why == told
+    assert own.own[0].tolist() == [0, 1, 3]
+    assert own.own[1][0] == like
+    assert set(model.predict(data[0], [lost], n_cells=4).obs["fallback"]) == {told}
+    model.save(tmp_path)
+    asked = [c for c in data[1].test if c.perturbation.genes == (lost,)]
+    np.testing.assert_array_equal(load(tmp_path).deltas(data[0], asked), model.deltas(data[0], asked))
+    plain = AdaPert(graph=graph, embedding=small.embedding, **TINY).fit(*data, progress=False)
+    assert plain.interventions([Perturbation((lost,))])[1] == [f"{lost} is not in the graph"]
+    model._similar = None  # as without text
+    assert model.interventions([Perturbation((lost,))])[1] == [f"{lost} is not in the graph"]

@@ -21,6 +21,7 @@ from perturbcore.models.adapert_objective import AdaPertObjective
 from perturbcore.models.base import parse
 from perturbcore.models.linear import CommonResponse, GeneVectors, LinearResponse
 from perturbcore.models.response import MeanResponse, Shift
+from perturbcore.retrieval import Index
 from perturbcore.training import Schedule, train
 
 
@@ -36,7 +37,8 @@ class AdaPert(MeanResponse):
 
     The perturbed nodes themselves are always kept, so that the context of a perturbation for which nothing else is
     selected is its own node state; the manifest counts such training perturbations. One that the graph lacks takes a
-    learned vector, and its predictions say so.
+    learned vector, or, with `absent_node="similar"`, the state of the node whose text is most like its own (`Index`),
+    and its predictions say so.
 
     Preset "default" differs from what the authors ran:
 
@@ -133,6 +135,10 @@ class AdaPert(MeanResponse):
         self._cut = self._whole.neighbourhood(nodes, 0)
         self._text_mean, self._text_scale = np.zeros(1, np.float32), 1.0
         text, has_text = self._text(nodes)
+        self._similar: Index | None = None
+        described = np.flatnonzero(text.any(axis=1))
+        if config.absent_node == "similar" and len(described):
+            self._similar = Index([nodes[i] for i in described], text[described])
         if has_text.any():  # centred, unit mean square
             self._text_mean = text[has_text].mean(axis=0)
             self._text_scale = float(np.sqrt(((text[has_text] - self._text_mean) ** 2).mean())) or 1.0
@@ -179,12 +185,17 @@ class AdaPert(MeanResponse):
         np.add.at(total, row[has_text], (text[has_text] - self._text_mean) / self._text_scale)
         missing = []
         nodes, measured = self._cut.index(names), np.array([self._genes.get(gene, -1) for gene in names])
+        absent = {i: f"{names[i]} is not in the graph" for i in np.flatnonzero(nodes < 0).tolist()}
+        described = [i for i in absent if text[i].any()]
+        if self._similar is not None and described:
+            like = [self._similar.names[row] for row in self._similar.search(text[described], 1)[1][:, 0].tolist()]
+            nodes[described] = self._cut.index(like)
+            for i, name in zip(described, like, strict=True):
+                absent[i] += f": {name}, the node most like its text, stands in"
         for start, end in pairwise(ptr):
             lacks = [f"{g} has no text" for g, ok in zip(names[start:end], has_text[start:end], strict=True) if not ok]
             lacks *= self.embedding is not None
-            lacks += [
-                f"{g} is not in the graph" for g, at in zip(names[start:end], nodes[start:end], strict=True) if at < 0
-            ]
+            lacks += [absent[i] for i in range(start, end) if i in absent]
             missing.append(", ".join(lacks))
         return Interventions(
             text=torch.from_numpy(total / np.maximum(found, 1)[:, None].astype(np.float32)),

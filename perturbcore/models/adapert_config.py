@@ -32,6 +32,8 @@ class AdaPertConfig:
     state: Count = 32  # width of the encoded control profile
     dropout: Share = 0.1
     absent: Share = 0.1  # chance that a training perturbation loses its text, or its nodes, for a step
+    # what stands in for a perturbed gene that the graph lacks: a learned vector, or the node most like its text
+    absent_node: Literal["learned", "similar"] = "learned"
     response: Literal["delta", "profile"] = "delta"
     linear_start: bool = True  # "delta" starts from the shared and the linear response; False: from the shared one
     own_gene: bool = True  # "delta" has a term for the perturbed gene itself
