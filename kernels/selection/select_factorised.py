@@ -48,8 +48,7 @@ class Kernels(NamedTuple):
 
 class _Operands(NamedTuple):
     rows: tuple[Tensor, Tensor, Tensor]  # cells, pert, cand, less the mean of pert
-    maps: Tensor  # [2H, 3H], A1 above F
-    weights: Tensor  # maps · ln_weight
+    weights: Tensor  # [2H, 3H], A1 above F, times ln_weight
     hidden: Hidden
 
 
@@ -121,7 +120,7 @@ def select_backward(
     check_shape("grad_context", up, cells.shape)
     if grad_keep is not None:
         check_shape("grad_keep", grad_keep, keep.shape)
-    rows, maps, weights, hidden = _factorise(cells, pert, cand, params, seed, dropout)
+    rows, weights, hidden = _factorise(cells, pert, cand, params, seed, dropout)
     total, bias, mean, rstd = hidden.total[width:], hidden.bias[width:], hidden.mean, hidden.rstd
 
     # the projection and its sum
@@ -163,12 +162,17 @@ def select_backward(
         (pull @ w).addcmul_(x, move[..., 1:], value=2).add_(move[..., :1])
         for pull, w, x, move in zip(pulls, weights.chunk(3, 1), rows, moves, strict=True)
     ]
-    products = [pull.reshape(-1, 2 * width).T @ x.reshape(-1, width) for pull, x in zip(pulls, rows, strict=True)]
-    d_weights = torch.cat(products, 1).add_(d_total[:, None])
-    grad_ln_weight, grad_ln_bias = (d_weights * maps).sum(0), d_bias @ maps
-    d_maps = d_weights.mul_(ln_weight).addr_(d_bias, ln_bias)
-    (grad_A1, grad_F), (grad_a1, grad_f) = (tuple(t.clone() for t in whole.chunk(2)) for whole in (d_maps, d_bias))
-    return *operands, grad_ln_weight, grad_ln_bias, grad_A1, grad_a1, grad_A2, d_logits.sum((0, 1, 2)), grad_F, grad_f
+    d_weights = torch.empty_like(weights)
+    for pull, x, part in zip(pulls, rows, d_weights.chunk(3, 1), strict=True):
+        torch.mm(pull.reshape(-1, 2 * width).T, x.reshape(-1, width), out=part)
+    d_weights += d_total[:, None]
+    (d_scorer, d_projection), (grad_a1, grad_f) = d_weights.chunk(2), d_bias.split(width)
+    grad_ln_weight = torch.einsum("ht,ht->t", d_scorer, A1) + torch.einsum("ht,ht->t", d_projection, F)
+    grad_A1, grad_F = (d_scorer * ln_weight).addr_(grad_a1, ln_bias), (d_projection * ln_weight).addr_(grad_f, ln_bias)
+    return (
+        *operands, grad_ln_weight, grad_a1 @ A1 + grad_f @ F,
+        grad_A1, grad_a1.clone(), grad_A2, d_logits.sum((0, 1, 2)), grad_F, grad_f.clone(),
+    )  # fmt: skip
 
 
 def _factorise(
@@ -182,14 +186,13 @@ def _factorise(
     mean = (sum_c[:, :, None] + (sum_p[:, None] + sum_k)[:, None]) / triple
     square = (square_c[:, :, None] + (square_p[:, None] + square_k)[:, None]) / triple
     rstd = square.addcmul_(mean, mean, value=-1).add_(EPS).rsqrt_()
-    maps = torch.cat([A1, F])
-    weights = maps * ln_weight
+    weights = torch.cat([A1 * ln_weight, F * ln_weight])
     of_cells, of_pert, of_cand = (x @ w.T for x, w in zip(rows, weights.chunk(3, 1), strict=True))
-    bias = maps @ ln_bias + torch.cat([a1, f])
+    bias = torch.cat([torch.addmv(a1, A1, ln_bias), torch.addmv(f, F, ln_bias)])
     drop = 0 if seed is None else rate(dropout)
     share = 1 / (1 - drop / DRAWS)
     hidden = Hidden(of_cells, of_pert, of_cand, weights.sum(1), bias, mean, rstd, seed or 0, drop, share)
-    return _Operands(rows, maps, weights, hidden)
+    return _Operands(rows, weights, hidden)
 
 
 def _spread(logits: Tensor, scale: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,9 +200,10 @@ def _spread(logits: Tensor, scale: str) -> tuple[Tensor, Tensor, Tensor]:
     if scale == "learned" or logits.numel() == 0:
         return logits.new_zeros(1), logits.new_ones(1), logits.new_zeros(1, dtype=torch.float64)
     axes = (0, 1, 2, 3) if scale == "batch_std" else (1, 2, 3)
-    variance, mean = torch.var_mean(logits.double(), axes, keepdim=True)
+    count = logits.numel() // (1 if scale == "batch_std" else logits.shape[0])
+    mean = logits.mean(axes, keepdim=True, dtype=torch.float64).to(logits.dtype)
+    variance = (logits - mean).square().sum(axes, keepdim=True, dtype=torch.float64) / (count - 1)
     deviation = variance.sqrt()[..., 0]
     inverse = 1 / deviation.clamp(min=LEAST)
-    count = logits.numel() // deviation.numel()
     curve = torch.where(deviation <= LEAST, 0, -inverse.square() / (count - 1))
-    return mean.to(logits.dtype), inverse.to(logits.dtype), curve
+    return mean, inverse.to(logits.dtype), curve
