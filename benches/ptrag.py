@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -74,7 +74,9 @@ def objective_of(size: Size, freeze: bool) -> PTRAGObjective:
     val, test, *train = screen.conditions
     names = [str(p) for p in screen.perturbations]
     vectors = np.random.default_rng(1).standard_normal((len(names), size.text), np.float32)
-    options = {"epochs": 0, "controls": False, "freeze": freeze, "batch_size": size.sets} | dict(size.options)
+    options: dict[str, Any] = {"epochs": 0, "controls": False, "freeze": freeze, "batch_size": size.sets} | dict(
+        size.options
+    )
     model = PTRAG(embedding=GeneEmbedding("text", names, vectors), preset="paper", **options)
     split = Split("all", 0, tuple(train), (val,), (test,))
     model.fit(screen, split, progress=False)
@@ -108,7 +110,9 @@ def weights_of(net: PTRAGNetwork) -> dict[str, Tensor]:
 def method_of(objective: PTRAGObjective) -> eager.Method:
     """Return what the options of a model mean to the peer."""
     config, k = objective.config, objective.model.k
-    retrieval = "naive" if config.retrieval == "naive_as_released" else config.retrieval
+    retrieval: Literal["none", "naive", "ptrag"] = (
+        "naive" if config.retrieval == "naive_as_released" else config.retrieval
+    )
     rest = ("tau", "scale", "aggregate", "residual", "layers", "heads", "causal", "rotary", "readout", "sparsity")
     return eager.Method(retrieval=retrieval, k=k, **{name: getattr(config, name) for name in rest})
 
