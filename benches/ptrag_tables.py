@@ -54,13 +54,21 @@ def means_table(values: pd.DataFrame, simulated: Collection[str]) -> str:
         cells = []
         for metric in METRICS:
             column = rows[metric].to_numpy(np.float64)
-            low, high = interval(weighted_mean(column, draw_weights(len(column), BOOTSTRAP_SEED)))
-            finite = column[np.isfinite(column)]
-            cells.append(f"{short(finite.mean())} [{short(low)}, {short(high)}]" if len(finite) else "–")
+            cells.append(_mean(column))
         lines.append(f"| {setting} | " + " | ".join(cells) + " |")
     seeds = values["seed"].nunique()
     n = wide.groupby(level="setting").size().max()
     return "\n".join([*lines, f"\n{n} conditions, {seeds} seed{'s' if seeds > 1 else ''}; 95 % bootstrap intervals."])
+
+
+def _mean(column: np.ndarray) -> str:
+    """The mean of the values of one metric, its interval, and how many have a value where some have none."""
+    finite = column[np.isfinite(column)]
+    if not len(finite):
+        return "–"
+    low, high = interval(weighted_mean(column, draw_weights(len(column), BOOTSTRAP_SEED)))
+    bounds = f" [{short(low)}, {short(high)}]" if len(finite) > 1 else ""
+    return f"{short(finite.mean())}{bounds}" + (f" (n {len(finite)})" if len(finite) < len(column) else "")
 
 
 def compare_settings(values: pd.DataFrame, settings: Sequence[str], simulated: Collection[str]) -> pd.DataFrame:

@@ -148,6 +148,15 @@ def test_means_have_their_interval_and_direction() -> None:
     assert "W1 ↓" in titles
     assert lines[2].startswith("| ptrag | 3 [1, 6] |")
     assert lines[3].startswith("| naive | 4 [2, 7] |")
+    some = values_of(rows)
+    some.loc[some.perturbation == "P0", "w1"] = np.nan
+    some.loc[some.perturbation != "P2", "w2"] = np.nan
+    some["energy"] = np.nan
+    cells = dict(zip(titles, ptrag_tables.means_table(some, ()).splitlines()[2].split(" | ")[1:], strict=True))
+    factor = {metric: i + 1 for i, metric in enumerate(METRICS)}
+    assert cells["W1 ↓"] == f"{4 * factor['w1']} [{2 * factor['w1']}, {6 * factor['w1']}] (n 2)"
+    assert cells["W2 ↓"] == f"{6 * factor['w2']} (n 1)"
+    assert cells["energy ↓"] == "–"
 
 
 def test_planted_neighbours_have_intervals_over_seeds() -> None:
