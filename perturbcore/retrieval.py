@@ -71,6 +71,8 @@ class Index:
         query = torch.as_tensor(query).detach().to(self.vectors)
         if isinstance(exclude, np.ndarray):
             exclude = torch.from_numpy(exclude)
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude is {exclude!r}; expected one entry for each query, such as [{exclude!r}].")
         if exclude is not None and not isinstance(exclude, Tensor):
             exclude = self._rows(exclude)
         similarity, row = ops.cosine_topk(query, self._bank, k, exclude)

@@ -101,6 +101,10 @@ def test_a_bank_by_name_must_be_known_distinct_and_not_held_out(fitted, data):
     assert {str(p) for p in fitted(bank=train[:3]).pool} == set(train[:3])
     with pytest.raises(DataError, match=rf"bank names {held_out[0]}, held out .* ptrag.pool to \"all\""):
         fitted(bank=[*train[:3], held_out[0]])
+    with pytest.raises(DataError, match=rf"bank names {held_out[0]}, held out .* pool is \"trainval\""):
+        fitted(bank=[*train[:3], held_out[0]], pool="trainval")
+    validated = sorted(names(split, "val"))[0]
+    assert fitted(bank=[*train[:3], validated], pool="trainval").k == 3
     assert fitted(bank=[*train[:3], held_out[0]], pool="all").k == 3
     with pytest.raises(DataError, match=rf"{train[0]} more than once"):
         fitted(bank=[*train[:3], train[0]])
@@ -113,7 +117,7 @@ def test_a_bank_by_name_must_be_known_distinct_and_not_held_out(fitted, data):
 def test_more_candidates_than_there_are_is_refused(fitted, data):
     others = len(names(data[1], "train")) - 1
     assert fitted(k=others).k == others
-    with pytest.raises(ValueError, match=rf"ptrag.k is {others + 1}, and a perturbation has {others} others"):
+    with pytest.raises(DataError, match=rf"ptrag.k is {others + 1}, and a perturbation has {others} others"):
         fitted(k=others + 1)
 
 
@@ -133,6 +137,20 @@ def test_without_an_embedding_only_one_hot_without_retrieval(fitted, data):
     assert "was never perturbed in training: a learned vector stands in" in why
     seen = model.predict(data[0], [data[1].train[0]], n_cells=2)
     assert set(seen.obs["fallback"]) == {""}
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_one_hot_without_retrieval_has_no_use_for_vectors(small, fitted, data, tmp_path, preset):
+    screen, split = data
+    lost = next(c.perturbation.genes[0] for c in split.train if c.perturbation.is_single)
+    options = {"preset": preset, "retrieval": "none", "encoding": "onehot", "strict": True}
+    model = fitted(embedding=without(small.embedding, [lost]), **options)
+    assert model.notes["training conditions without a vector, left out"] == 0
+    cells = predicted(model, screen, [lost], n_cells=2)
+    bare = fitted(embedding=None, **options)
+    np.testing.assert_array_equal(predicted(bare, screen, [lost], n_cells=2), cells)
+    model.save(tmp_path)
+    np.testing.assert_array_equal(predicted(load(tmp_path), screen, [lost], n_cells=2), cells)
 
 
 def test_one_hot_retrieves_by_text(fitted, data):
@@ -172,6 +190,10 @@ def test_training_perturbations_without_a_vector_are_kept_or_dropped(small, fitt
     assert lost not in {str(p) for p in kept.pool}
     with pytest.raises(MissingInput, match=rf"{lost} cannot be predicted: without a vector"):
         dropped.predict(screen, [lost])
+    linked = fitted(embedding=some, missing="drop", graph=small.graph)
+    assert linked.notes[note] == hit  # what is dropped has no stand-in
+    with pytest.raises(MissingInput, match=rf"{lost} cannot be predicted"):
+        linked.predict(screen, [lost])
     blind = without(small.embedding, [gene for c in split.val for gene in c.perturbation.genes])
     assert "val_minus_energy" in fitted(embedding=blind).notes
     assert fitted(embedding=blind, missing="drop").notes["val_minus_energy"] is None  # nothing is left to validate on
@@ -291,7 +313,8 @@ def test_steps_become_epochs_unless_these_are_given(fitted, data, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"draws": 3}, 'inference="sample" only'), ({"head_dim": 5}, "head_dim"), ({"k": 0}, "ptrag.k"),
+    [({"draws": 3}, 'inference="sample" only'), ({"freeze": True}, 'Set readout to "latent"'),
+     ({"head_dim": 5}, "head_dim"), ({"k": 0}, "ptrag.k"),
      ({"retrival": "none"}, "Did you mean 'retrieval'")],
 )  # fmt: skip
 def test_options_are_checked(options, message):

@@ -55,6 +55,8 @@ def test_more_than_remain_is_refused(index):
         index.search(VECTORS[:1], 1, [4])
     with pytest.raises(ValueError, match=r"exclude has shape \[2"):
         index.search(VECTORS[:1], 1, ["A", "B"])
+    with pytest.raises(ValueError, match=r"exclude is 'A'; expected one entry for each query, such as \['A'\]"):
+        index.search(VECTORS[:1], 1, "A")
     with pytest.raises(ValueError, match="query has a value in row 0 that is not finite"):
         index.search(VECTORS[:1] * torch.inf, 1)
 

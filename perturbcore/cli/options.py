@@ -60,7 +60,10 @@ Preset = Annotated[
     str,
     typer.Option(metavar="P", help="default, or paper: sizes and quirks of the publication.", rich_help_panel=LEARNING),
 ]
-Seed = Annotated[int, typer.Option(help="Same seed, same split, same result.", rich_help_panel=LEARNING)]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Same seed, same split, same result.", rich_help_panel=LEARNING),
+]
 Epochs = Annotated[
     int | None,
     typer.Option(

@@ -38,7 +38,7 @@ class PTRAG(Model):
 
     What the authors' code does, and the option that decides it (preset "paper" does as they did):
 
-    * Backbone and readout are random and frozen: `freeze`. Default: trained.
+    * Backbone and readout are random and frozen: `freeze`, of a readout that is "latent". Default: trained.
     * Self-exclusion masks every set of a training batch with the perturbation of the first one, so that the others
       retrieve themselves: `self_exclusion`. Default: no set retrieves its own perturbation.
     * Naive retrieval is switched off at prediction: a setting of its own, "naive_as_released".
@@ -81,8 +81,7 @@ class PTRAG(Model):
                 'is retrieval="none" with encoding="onehot".'
             )
         genes = {gene for p in self._perturbed(screen, split, config.vocabulary) for gene in p.genes}
-        vocabulary = sorted(genes) if config.encoding == "onehot" else None
-        self.describe = Describer(self.embedding, self.graph, vocabulary)
+        self.describe = self._describer(sorted(genes) if config.encoding == "onehot" else None)
         train_conditions = self.trainable(split.train)
         if not train_conditions:
             raise DataError(
@@ -90,7 +89,7 @@ class PTRAG(Model):
             )
         self.pool, without = self._pool(screen, split)
         self.k = self._num_candidates()
-        if config.standardise and vocabulary is None:
+        if config.standardise and config.encoding == "embedding":
             self._standardise_vectors(train_conditions)
         self.batches = self._trained_batches(screen, train_conditions)
         self._build(len(screen.genes), seed)
@@ -128,9 +127,15 @@ class PTRAG(Model):
             "seconds": round(history.seconds, 1),
         }
 
+    def _describer(self, vocabulary: list[str] | None, mean: np.ndarray | None = None, scale: float = 1.0) -> Describer:
+        """Return what looks perturbations up, of the knowledge that the configuration has a use for."""
+        unread = self.config.retrieval == "none" and vocabulary is not None
+        embedding, graph = None if unread else self.embedding, None if self.config.missing == "drop" else self.graph
+        return Describer(embedding, graph, vocabulary, mean, scale)
+
     def trainable(self, conditions: Sequence[Condition]) -> list[Condition]:
         """Return the conditions to train on: all, or with `missing="drop"` those that lack no vector."""
-        if self.config.missing != "drop" or self.embedding is None:
+        if self.config.missing != "drop":
             return list(conditions)
         told = self.describe([c.perturbation for c in conditions])
         return [c for c, lacks in zip(conditions, told.missing, strict=True) if not lacks]
@@ -163,11 +168,12 @@ class PTRAG(Model):
         wanted = [Perturbation.parse(name, known=self._known_genes()) for name in names]
         if repeated := sorted({str(p) for p in wanted if wanted.count(p) > 1}):
             raise DataError(f"The bank names {listed(repeated)} more than once.")
-        if self.config.pool == "train":
-            held_out = {c.perturbation for c in (*split.val, *split.test)} - {c.perturbation for c in split.train}
+        if (pool := self.config.pool) != "all":
+            open_to = split.train if pool == "train" else (*split.train, *split.val)
+            held_out = {c.perturbation for c in (*split.val, *split.test)} - {c.perturbation for c in open_to}
             if leaks := [str(p) for p in wanted if p in held_out]:
                 raise DataError(
-                    f'The bank names {listed(leaks)}, held out by split {split.name!r}, and pool is "train". Leave '
+                    f'The bank names {listed(leaks)}, held out by split {split.name!r}, and pool is "{pool}". Leave '
                     'them out, or set ptrag.pool to "all".'
                 )
         return wanted
@@ -183,7 +189,7 @@ class PTRAG(Model):
                 'give vectors of more genes, or set ptrag.retrieval to "none".'
             )
         if self.config.k is not None and self.config.k > most:
-            raise ValueError(
+            raise DataError(
                 f"ptrag.k is {self.config.k}, and a perturbation has {most} others in the pool: set it to {most} or "
                 "less, or leave it out."
             )
@@ -253,7 +259,7 @@ class PTRAG(Model):
             lacking = [str(p) for p, why in zip(unique, table.fallback, strict=True) if why]
             raise MissingInput(
                 f"{listed(lacking)} cannot be predicted: without a vector, and with nothing learned to stand in "
-                '(ptrag.missing is "drop"). Leave them out, or give vectors of their genes.'
+                '(ptrag.missing is "drop"). Leave them out, give vectors of their genes, or fit with "stand_in".'
             )
         direction = self._directions(cells, conditions)
         fallback = [
@@ -375,9 +381,7 @@ class PTRAG(Model):
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         assert self.training is not None
-        self.describe = Describer(
-            self.embedding, self.graph, state["vocabulary"], tensors.pop("vectors.mean").numpy(), state["scale"]
-        )
+        self.describe = self._describer(state["vocabulary"], tensors.pop("vectors.mean").numpy(), state["scale"])
         self.pool = [Perturbation(tuple(genes)) for genes in state["pool"]]
         self.k, self.batches = state["k"], state["batches"]
         self._build(len(self.training.genes), self.training.seed)

@@ -65,6 +65,11 @@ class PTRAGConfig:
             raise ValueError(
                 f'draws is {self.draws}, and predictions are averaged over draws by inference="sample" only'
             )
+        if self.freeze and self.readout == "cell":
+            raise ValueError(
+                'freeze keeps the readout as it starts, and readout="cell" starts at nought: nothing would be learned. '
+                'Set readout to "latent"'
+            )
         if self.bank is not None and self.retrieval == "none":
             raise ValueError('a bank is given, and retrieval="none" retrieves nothing')
 
