@@ -215,7 +215,11 @@ def test_loss_is_half_the_energy_distance_and_the_share_kept(small, data):
 
 
 def test_validation_is_deterministic_and_weighs_conditions_alike(small, data):
+    screen, split = data
+    one_set = screen.cells(split.val[0])[5:]  # 5 cells of one condition: one set, where others have two
+    data = screen.subset(np.setdiff1d(np.arange(screen.num_cells), one_set)), split
     objective = objective_of(small, data)
+    assert set(np.bincount(objective.val.condition)) == {1, 2}
     score = objective.validate()
     assert score == objective.validate() < 0
     sets, each = objective.val, {}

@@ -16,6 +16,7 @@ from perturbcore.data import (
     Perturbation,
     Split,
     prepare,
+    read,
     simulate,
     unseen_context,
     unseen_perturbation,
@@ -247,6 +248,19 @@ def test_an_unseen_context_enters_through_its_controls(small):
     assert set(model.retrieved(screen, asked).context) == {"line2"}
 
 
+def test_nothing_is_learned_of_the_cells_of_an_unseen_context(small):
+    adata = small.screen.adata.copy()
+    adata.obs["batch"] = [f"{batch}_{line}" for batch, line in zip(adata.obs.batch, adata.obs.cell_line, strict=True)]
+    screen = read(adata, batch="batch", verbose=False)
+    split = unseen_context(screen, "line2")
+    screen = prepare(screen, split)
+    model = PTRAG(embedding=small.embedding, **TINY).fit(screen, split, progress=False)
+    np.testing.assert_array_equal(model.network.cell_mean, screen.control_mean("line1"))
+    assert model.batches == ["batch1_line1", "batch2_line1"]
+    why = model.predict(screen, split.test[:1], n_cells=2).obs["fallback"].iloc[0]
+    assert why == "batch batch1_line2, batch2_line2 was never trained on: the mean of all batches stands in"
+
+
 def test_a_context_without_controls_is_refused(small, data, fitted):
     screen = data[0]
     bare = screen.subset(np.flatnonzero((screen.perturbation_code >= 0) | (screen.context_code == 0)))
@@ -284,6 +298,25 @@ def test_the_size_of_a_last_set_is_the_cells_that_are_left(tiny, data):
     screen, split = data
     for n in (1, 7, 8, 9, 17):
         assert predicted(tiny, screen, split.test[:1], n_cells=n).shape == (n, 50)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [({}, [(3, 8), (1, 1)]), ({"scale": "batch_std"}, [(3, 8), (1, 1)]),
+     ({"scale": "batch_std", "running": False}, [(1, 8), (1, 8), (1, 8), (1, 1)])],
+)  # fmt: skip
+def test_sets_are_predicted_together_unless_they_would_share_a_scale(fitted, data, monkeypatch, options, sizes):
+    model, given = fitted(inference="sample", **options), []
+    generate = model.generate
+
+    def kept(inputs, seed):
+        given.append((tuple(inputs.cells.shape[:2]), seed))
+        return generate(inputs, seed)
+
+    monkeypatch.setattr(model, "generate", kept)
+    model.predict(data[0], data[1].test[:1], n_cells=25)
+    assert [shape for shape, _ in given] == sizes
+    assert len({seed for _, seed in given}) == len(sizes), "every set has noise of its own"
 
 
 def test_paper_preset_is_the_released_run(small):

@@ -33,7 +33,7 @@ class CellSets:
 
     Args:
         screen: whose cells.
-        conditions: measured ones, or the control of a context, each cell of which is given another control cell.
+        conditions: measured ones, or the control of a context, whose cells are given control cells like any others.
         size: cells per set, S.
         seed: everything drawn follows from it and from the epoch.
         mapping: whether control cells are drawn from the batch of the target cell, where that has any in its context,

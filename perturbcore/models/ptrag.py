@@ -61,9 +61,12 @@ class PTRAG(Model):
     Ours by default: vectors and cells enter centred and scaled (`standardise`), activation as the reverse of repression
     (`signed`), a training set at times without its vector (`absent`), and the readout is added to the control cell and
     starts at nought (`readout="cell"`, ŷ = ReLU(x + W_o h + b_o)) in place of ŷ = ReLU(W_o(h + c) + b_o) ("latent").
-    A double is the sum of the vectors of its genes. `sparsity` is 0.03, between the paper's 0.1 and the 0.01 of its
-    code: on screens of few genes, whose distances are smaller, 0.1 keeps less than helps. The sizes are those of two
-    cores.
+    A double is the sum of the vectors of its genes. `sparsity` is 0.03, between the 0.1 of the authors' scripts and the
+    0.01 of their code: on screens of few genes, whose distances are smaller, 0.1 keeps less than helps. The sizes are
+    those of two cores.
+
+    In both presets the control cells of a context stand in every part of a split, as they do in the authors' code;
+    unlike there, sets come in another order every epoch, and validation leaves controls out.
     """
 
     name = "ptrag"
