@@ -179,3 +179,12 @@ def test_a_bad_row_is_named_wherever_it_is(poisoned):
     query[1029, 0] = -torch.inf
     with pytest.raises(ValueError, match="query has a value in row 1029 that is not finite"):
         ops.cosine_topk(query, normal(4, 3), 2)
+
+
+def test_blocks_of_the_bank_are_one_bank(poisoned, monkeypatch):
+    pytest.importorskip("numba")
+    from perturbcore.kernels.selection import topk_numba_cpu
+
+    monkeypatch.setattr(topk_numba_cpu, "BLOCK", 500)  # blocks of 80 rows
+    bank = normal(700, 6, dtype=torch.float32).repeat(2, 1)
+    assert_exact(bank[::50], bank, 9, torch.arange(28) * 50)
