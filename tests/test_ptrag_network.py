@@ -208,7 +208,7 @@ def test_the_network_is_its_formula(options, readout, inference):
     assert generated.keep.shape == (2, 3, 2)
 
 
-def test_naive_attends_and_as_released_only_in_training():
+def test_naive_attends_and_as_released_only_until_it_predicts():
     inputs = example(3)
     right, released = network(retrieval="naive", residual=False), network(retrieval="naive_as_released", residual=False)
     released.load_state_dict(right.state_dict())
@@ -224,9 +224,10 @@ def test_naive_attends_and_as_released_only_in_training():
     def read(tokens):
         return torch.relu(inputs.cells + right.readout(right.backbone(tokens)))
 
-    torch.testing.assert_close(right(inputs).cells, read(attended))
-    torch.testing.assert_close(released(inputs).cells, read(tokens))
-    torch.testing.assert_close(released.train()(inputs).cells, read(attended))
+    for predicting in (False, True):
+        torch.testing.assert_close(right(inputs, predicting=predicting).cells, read(attended))
+        expected = read(tokens if predicting else attended)
+        torch.testing.assert_close(released(inputs, predicting=predicting).cells, expected)
 
 
 def test_an_activated_gene_enters_as_the_reverse():

@@ -33,7 +33,7 @@ class PTRAG(Model):
     `sparsity` times the share kept; training stops on the energy distance of the validation conditions.
 
     `retrieval="none"` is STATE (Adduri et al. 2025) in the sizes used here; "naive" attends to all candidates (a single
-    head, keys and values from a projection of their own); "naive_as_released" does so in training, and predicts from
+    head, keys and values from a projection of their own); "naive_as_released" does so until it predicts, from
     cell and perturbation alone.
 
     What the authors' code does, and the option that decides it (preset "paper" does as they did):
@@ -246,14 +246,15 @@ class PTRAG(Model):
             perturbations, self.pool, self.describe, k=self.k, own=own, control_context=self.config.control_context
         )
 
-    def generate(self, inputs: Inputs, seed: int) -> Tensor:
+    def generate(self, inputs: Inputs, seed: int, *, predicting: bool = True) -> Tensor:
         """Return the cells that the network makes of some sets, the mean of all draws, float32 [B, S, G]."""
+        seeds: list[int | None] = [None]
+        if self.config.inference == "sample":
+            seeds = [seed + i * 1_000_003 for i in range(self.config.draws)]
         self.network.eval()
         with torch.no_grad():
-            if self.config.inference != "sample":
-                return self.network(inputs).cells
-            draws = [self.network(inputs, seed=seed + i * 1_000_003).cells for i in range(self.config.draws)]
-            return torch.stack(draws).mean(0)
+            draws = [self.network(inputs, seed=one, predicting=predicting).cells for one in seeds]
+        return torch.stack(draws).mean(0)
 
     def _answer(self, cells: Screen, conditions: Sequence[Condition], seed: int) -> Answer:
         unique = sorted({c.perturbation for c in conditions})

@@ -94,18 +94,22 @@ class PTRAGNetwork(nn.Module):
             self.backbone.requires_grad_(False)
             self.readout.requires_grad_(False)
 
-    def forward(self, inputs: Inputs, *, seed: int | None = None, noise: Tensor | None = None) -> Generated:
+    def forward(
+        self, inputs: Inputs, *, seed: int | None = None, noise: Tensor | None = None, predicting: bool = False
+    ) -> Generated:
         """Generate cells.
 
         Args:
             inputs: sets and candidates.
             seed: of noise and dropout of the selection; None selects without noise.
             noise: logistic noise [R, S, K] in place of the seed's.
+            predicting: not to train or to validate; "naive_as_released" then retrieves nothing.
         """
         c = self._cells(inputs)
         p, k = self._perturbations(inputs)
         tokens, keep, on = c + p[:, None], None, inputs.retrieving
-        if len(on) and self._retrieves:
+        bypassed = predicting and self.config.retrieval == "naive_as_released"
+        if len(on) and self.config.retrieval != "none" and not bypassed:
             if self.config.retrieval == "ptrag":
                 context, keep = self._select(c[on], p[on], k, seed, noise)
             else:
@@ -127,10 +131,6 @@ class PTRAGNetwork(nn.Module):
             return self._attention(c, p[on], k)
         scale, params = self._params()
         return ops.gumbel_select(c, p[on], k, params, tau=1.0, hard=False, scale=scale)[1]
-
-    @property
-    def _retrieves(self) -> bool:
-        return self.config.retrieval != "none" and (self.training or self.config.retrieval != "naive_as_released")
 
     def _cells(self, inputs: Inputs) -> Tensor:
         return self.cell((inputs.cells - self.cell_mean) / self.cell_scale)  # [B, S, H]

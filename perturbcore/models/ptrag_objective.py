@@ -103,7 +103,7 @@ class PTRAGObjective:
         value = []
         for rows in torch.arange(len(self.val)).split(self.config.batch_size):
             drawn = self.val.batch(rows, 0)
-            cells = self.model.generate(self._inputs(self.val, drawn), seed=self.seed)
+            cells = self.model.generate(self._inputs(self.val, drawn), seed=self.seed, predicting=False)
             value.append(ops.energy_distance(cells, drawn.target.to(cells.device)).cpu() / 2)
         of = torch.from_numpy(self.val.condition)
         total = torch.zeros(self.num_validated).index_add(0, of, torch.cat(value))
