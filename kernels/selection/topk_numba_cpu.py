@@ -48,8 +48,9 @@ def _largest(values, k):
 @inner
 def _keep_best(values, place, k):
     """Move the k largest values, of equal ones the first, to the front, in the order that they have."""
-    cut, kept = _largest(values, k), 0
-    equal = k - np.sum(values > cut)
+    cut, kept, equal = _largest(values, k), 0, k
+    for i in range(values.size):
+        equal -= values[i] > cut
     for i in range(values.size):
         if values[i] > cut or (values[i] == cut and equal > 0):
             equal -= values[i] == cut
@@ -117,8 +118,11 @@ def _rank(bank, unit, margin, k, size, product, place, values, indices, norms):
     """Compute what is not beaten when all lists are taken together, and write the k best."""
     parts = size.shape[0]
     for b in prange(values.shape[0]):
-        together = np.empty(np.sum(size[:, b]), np.int32)
-        where, listed = np.empty(together.size, np.int64), 0
+        # no arithmetic on whole arrays in here: Numba, compiling a loop in parallel, does not always take it
+        listed = 0
+        for part in range(parts):
+            listed += size[part, b]
+        together, where, listed = np.empty(listed, np.int32), np.empty(listed, np.int64), 0
         for part in range(parts):
             for i in range(size[part, b]):
                 together[listed], where[listed] = product[part, b, i], place[part, b, i]
@@ -133,9 +137,11 @@ def _rank(bank, unit, margin, k, size, product, place, values, indices, norms):
         for i in range(left):
             cosine[i], length[i] = _cosine(unit[b], bank[nearest[i]])
         _keep_best(cosine, order, k)
-        best = np.argsort(-cosine[:k], kind="mergesort")
         for i in range(k):
-            values[b, i] = cosine[best[i]]
+            cosine[i] = -cosine[i]
+        best = np.argsort(cosine[:k], kind="mergesort")
+        for i in range(k):
+            values[b, i] = -cosine[best[i]]
             indices[b, i], norms[b, i] = nearest[order[best[i]]], length[order[best[i]]]
 
 
