@@ -260,6 +260,8 @@ def test_controls_are_a_set_without_context_of_their_own(small, data):
     inputs, _ = objective.batch(rows, step=10_000)
     of = torch.tensor(is_control)[torch.from_numpy(objective.train.condition)]
     assert not of[inputs.retrieving].any()
+    as_released, _ = objective_of(small, data, control_context=True, absent=0.0).batch(rows, step=10_000)
+    assert torch.equal(as_released.retrieving, rows)
     assert not any(c.perturbation.is_control for c in objective_of(small, data, controls=False).train.conditions)
 
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from perturbcore.cli import main
 from perturbcore.data import (
@@ -22,6 +23,7 @@ from perturbcore.data import (
     unseen_perturbation,
 )
 from perturbcore.models import PTRAG, load
+from perturbcore.models.ptrag_objective import PTRAGObjective
 
 TINY = {
     "width": 8, "layers": 1, "heads": 2, "head_dim": 4, "hidden": 8, "set_size": 8, "batch_size": 16, "epochs": 1,
@@ -283,6 +285,30 @@ def test_batches_are_told_apart_and_one_never_trained_on_is_named(data, fitted):
     assert "no batch is given" in model.predict(none, split.test[:1], n_cells=2).obs["fallback"].iloc[0]
     assert fitted(batch="none").batches == []
     assert set(fitted(batch="control").predict(screen, split.test[:1], n_cells=2).obs["fallback"]) == {""}
+
+
+@pytest.mark.parametrize("batch", ["target", "control"])
+def test_the_batch_that_enters_is_that_of_the_target_or_of_its_control_cell(data, fitted, monkeypatch, batch):
+    """No control cell is of batch2, and controls are drawn from the whole context."""
+    screen, split = data
+    some = np.flatnonzero((screen.perturbation_code >= 0) | (screen.batch_code == 0))
+    model, given = fitted(screen=screen.subset(some), batch=batch, controls=False, mapping="context"), []
+    inputs, _ = PTRAGObjective(model, screen.subset(some), split, seed=0).batch(torch.arange(8), 0)
+    monkeypatch.setattr(model, "generate", lambda inputs, seed: given.append(inputs.batch) or inputs.cells)
+    model.predict(screen.subset(some), split.test[:1], n_cells=10)
+    for rows in (inputs.batch, torch.cat(given, 1)):
+        assert set(rows.flatten().tolist()) == ({0, 1} if batch == "target" else {0})
+
+
+def test_control_cells_are_drawn_from_the_batch_of_the_target_cell_or_from_the_context(data, fitted):
+    screen, split = data
+    alike = {}
+    for mapping in ("batch", "context"):
+        objective = PTRAGObjective(fitted(mapping=mapping), screen, split, seed=0)
+        drawn = objective.train.batch(torch.arange(len(objective.train)), 0)
+        alike[mapping] = float((drawn.batch == drawn.control_batch).float().mean())
+    assert alike["batch"] == 1
+    assert 0.3 < alike["context"] < 0.7  # of two batches
 
 
 def test_a_direction_never_trained_on_is_named(small):

@@ -275,6 +275,17 @@ def test_running_scale_comes_to_that_of_the_batch():
     torch.testing.assert_close(running, here, rtol=1e-2, atol=1e-2)
 
 
+def test_dropout_is_of_training_alone():
+    inputs, some = example(), {"inference": "sample", "aggregate": "sum"}
+    with_dropout, without = network(dropout=0.5, **some), network(**some)
+    torch.testing.assert_close(with_dropout(inputs, seed=3).cells, without(inputs, seed=3).cells)
+    seeds = range(8)  # a gate may come out alike
+    dropped, plain = (
+        torch.stack([net.train()(inputs, seed=s).cells for s in seeds]) for net in (with_dropout, without)
+    )
+    assert not torch.allclose(dropped, plain, atol=1e-3)
+
+
 def test_noise_given_is_the_noise_used():
     model, inputs = network(aggregate="sum"), example()
     keep = model.train()(inputs, noise=torch.full((2, 3, 2), 50.0)).keep

@@ -72,6 +72,7 @@ def test_a_training_step_and_every_gradient_are_those_of_the_oracle(task, settin
 def test_no_set_of_a_batch_retrieves_itself_and_as_released_only_the_first_does_not(task):
     for exclusion in ("correct", "first_of_batch"):
         objective = objective_of(task, self_exclusion=exclusion, controls=False, absent=0.0)
+        assert objective.tables[id(objective.val)].candidates.shape[1] == 5, "at validation each its own, at once"
         inputs, _ = objective.batch(torch.arange(8), 0)
         itself = (inputs.candidates == inputs.query[inputs.retrieving][:, None]).any(1)
         perturbation = objective.train.condition[:8]
