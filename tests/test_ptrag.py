@@ -103,6 +103,15 @@ def test_every_setting_fits_predicts_and_loads_the_same_bits(small, data, tmp_pa
         np.testing.assert_allclose(table.groupby(["context", "perturbation"]).probability.sum(), 1, rtol=1e-5)
 
 
+def test_the_running_scale_is_stored_with_the_model(small, data, tmp_path):
+    screen, split = data
+    model = fit_to_the_end(unfitted(small, scale="batch_std"), data)
+    assert model.network.score_std < 0.99
+    model.save(tmp_path)
+    table = model.retrieved(screen, split.test[:1])
+    pd.testing.assert_frame_equal(load(tmp_path).retrieved(screen, split.test[:1]), table)
+
+
 def test_it_learns_who_responds_how():
     simulation = simulate(
         n_genes=60, n_perturbations=12, n_contexts=1, n_modules=3, n_cells=40, n_controls=120, embedding_noise=0.1,
