@@ -182,7 +182,7 @@ class PTRAG(Model):
         return wanted
 
     def _num_candidates(self) -> int:
-        """Return K: as configured, else 32 or all but its own of a smaller pool."""
+        """Return K: as configured, else 32, of a pool of fewer than 128 a quarter."""
         if self.config.retrieval == "none":
             return 1
         most = len(self.pool) - 1  # a perturbation is no candidate of its own
@@ -196,7 +196,7 @@ class PTRAG(Model):
                 f"ptrag.k is {self.config.k}, and a perturbation has {most} others in the pool: set it to {most} or "
                 "less, or leave it out."
             )
-        return self.config.k or min(32, most)
+        return self.config.k or min(32, max(1, most // 4))
 
     def _standardise_vectors(self, conditions: Sequence[Condition]) -> None:
         """Centre the vectors of the training genes, at unit mean square."""

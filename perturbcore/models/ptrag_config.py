@@ -23,7 +23,7 @@ class PTRAGConfig:
     signed: bool = True  # activation is encoded as the reverse of repression
     pool: Literal["train", "trainval", "all"] = "train"  # whose perturbations are candidates
     bank: tuple[str, ...] | None = None  # candidates by name, in place of `pool`
-    k: Count | None = None  # candidates of a perturbation; None: 32, or all others of a smaller pool
+    k: Count | None = None  # candidates of a perturbation; None: 32, or a quarter of a small pool
     self_exclusion: Literal["correct", "first_of_batch"] = "correct"  # no set retrieves its own perturbation
     control_context: bool = False  # control cells, too, retrieve
     missing: Literal["stand_in", "drop"] = "stand_in"  # training perturbations without a vector
