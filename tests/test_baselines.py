@@ -171,6 +171,17 @@ def test_adjacency_vectors_stand_in_for_an_embedding(screen):
     assert model.notes["gene vectors"] == "SVD of ring"
 
 
+def test_what_has_a_vector_of_zeros_is_near_to_nothing(screen):
+    zeros = GeneEmbedding("toy", [*VECTORS.genes, "D"], np.vstack([VECTORS.vectors, [[0, 0]]]))
+    model = BASELINES["nearest_neighbour"](embedding=zeros).fit(screen, SEEN, progress=False)
+    adata = model.predict(screen, ["x::D"])
+    assert set(adata.obs["fallback"]) == {"no vector for one of its genes: perturbation mean"}
+    np.testing.assert_allclose(responses(model, screen, ["x::D"]), [MEAN_X], atol=1e-5)
+    for some in (GeneEmbedding("zeros", VECTORS.genes, VECTORS.vectors * 0), GeneEmbedding("other", ["D"], [[1.0, 0]])):
+        with pytest.raises(MissingInput, match="None of the training perturbations has a gene vector"):
+            BASELINES["nearest_neighbour"](embedding=some).fit(screen, SEEN, progress=False)
+
+
 @pytest.mark.parametrize("name", ["nearest_neighbour", "ridge"])
 def test_without_vectors_the_mean_is_named_and_strict_refuses(screen, name):
     model = BASELINES[name](embedding=VECTORS).fit(screen, SEEN, progress=False)

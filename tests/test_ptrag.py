@@ -258,6 +258,8 @@ def test_stand_in_for_a_missing_vector_is_learned(small, data):
     inputs, _ = objective.batch(torch.arange(objective.num_rows), step=0)
     lost = (inputs.missing[inputs.query] > 0).float().mean()
     assert 0.2 < lost < 0.8
+    rows, other = torch.arange(objective.num_rows), PTRAGObjective(objective.model, *data, seed=1)
+    assert not torch.equal(objective.lost(rows, 0), other.lost(rows, 0))
     assert not set(inputs.retrieving.tolist()) & set((inputs.missing[inputs.query] > 0).nonzero()[:, 0].tolist())
 
 
@@ -306,6 +308,10 @@ def test_cells_and_vectors_enter_centred_at_unit_mean_square(small, data):
     features = model.describe([Perturbation((gene,)) for gene in genes]).features
     np.testing.assert_allclose(features.mean(0), 0, atol=1e-5)
     assert np.square(features).mean() == pytest.approx(1, rel=1e-4)
+    text = small.embedding
+    for vectors, scale in ((text.vectors * 1e30, 1e30 * model.describe.scale), (np.full_like(text.vectors, 0.1), 1.0)):
+        other = PTRAG(embedding=GeneEmbedding("other", text.genes, vectors), **{**TINY, "epochs": 0})
+        assert fit(other, data).describe.scale == pytest.approx(scale, rel=1e-5)
     plain = fit(unfitted(small, epochs=0, standardise=False), data)
     assert not plain.network.cell_mean.any()
     np.testing.assert_array_equal(

@@ -193,6 +193,8 @@ def test_training_perturbations_without_a_vector_are_kept_or_dropped(small, fitt
     assert lost not in {str(p) for p in kept.pool}
     with pytest.raises(MissingInput, match=rf"{lost} cannot be predicted: without a vector"):
         dropped.predict(screen, [lost])
+    stood_in = fitted(embedding=some, graph=small.graph)
+    assert lost not in {str(p) for p in stood_in.pool}  # a stand-in is not to be found by
     linked = fitted(embedding=some, missing="drop", graph=small.graph)
     assert linked.notes[note] == hit  # what is dropped has no stand-in
     with pytest.raises(MissingInput, match=rf"{lost} cannot be predicted"):

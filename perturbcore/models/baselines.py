@@ -160,7 +160,8 @@ class NearestNeighbour(WithVectors):
 
     def _remember(self, conditions: Sequence[Condition], deltas: np.ndarray, direction: np.ndarray) -> None:
         super()._remember(conditions, deltas, direction)
-        usable = np.flatnonzero(self.known & self.features.any(axis=1))
+        self.known &= self.features.any(axis=1)  # a vector of zeros is near to nothing
+        usable = np.flatnonzero(self.known)
         self.of_all = self._index(usable)
         self.of_one = {context: self._index(np.intersect1d(usable, rows)) for context, rows in self.of_context.items()}
 
@@ -171,6 +172,10 @@ class NearestNeighbour(WithVectors):
 
     def _choose(self, left_out: np.ndarray) -> None:
         rows = np.flatnonzero(self.known)
+        if len(rows) == 0:
+            raise MissingInput(
+                "None of the training perturbations has a gene vector: give an embedding of their genes."
+            )
         most = max(1, len(rows) - int(np.bincount(left_out[rows]).max()))
         error = np.zeros(most)
         for i in rows:
@@ -195,7 +200,7 @@ class NearestNeighbour(WithVectors):
     def _shift(self, conditions: Sequence[Condition], control: np.ndarray, direction: np.ndarray) -> Shift:
         features, found = self.vectors([c.perturbation for c in conditions])
         nearest = [self._nearest(vector, c.context, self.k) for vector, c in zip(features, conditions, strict=True)]
-        found &= np.array([len(rows) > 0 for rows in nearest])
+        found &= features.any(axis=1) & np.array([len(rows) > 0 for rows in nearest])
         delta = np.stack([self.responses[r].mean(axis=0) if len(r) else np.zeros_like(control[0]) for r in nearest])
         return self._or_mean(conditions, found, delta)
 

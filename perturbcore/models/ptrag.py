@@ -204,8 +204,9 @@ class PTRAG(Model):
         vectors = self.describe([Perturbation((gene,)) for gene in genes])
         held = vectors.features[vectors.missing == 0]
         if len(held):
-            mean = held.mean(axis=0)
-            self.describe.mean, self.describe.scale = mean, float(np.sqrt(((held - mean) ** 2).mean())) or 1.0
+            mean = held.mean(axis=0, dtype=np.float64)
+            self.describe.mean = mean.astype(np.float32)
+            self.describe.scale = float(np.sqrt(((held - mean) ** 2).mean())) or 1.0
 
     def _standardise_cells(self, screen: Screen, conditions: Sequence[Condition]) -> None:
         """Centre cells at the mean control of the training contexts, at unit mean square."""
