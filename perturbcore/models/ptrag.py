@@ -62,8 +62,9 @@ class PTRAG(Model):
     (`signed`), a training set at times without its vector (`absent`), and the readout is added to the control cell and
     starts at nought (`readout="cell"`, ŷ = ReLU(x + W_o h + b_o)) in place of ŷ = ReLU(W_o(h + c) + b_o) ("latent").
     A double is the sum of the vectors of its genes. `sparsity` is 0.03, between the 0.1 of the authors' scripts and the
-    0.01 of their code: on screens of few genes, whose distances are smaller, 0.1 keeps less than helps. The sizes are
-    those of two cores.
+    0.01 of their code: on screens of few genes, whose distances are smaller, 0.1 keeps less than helps. `k` is a
+    quarter of the pool, at most 32: where nearly all is retrieved, it matters little what. The sizes are those of two
+    cores.
 
     In both presets the control cells of a context stand in every part of a split, as they do in the authors' code;
     unlike there, sets come in another order every epoch, and validation leaves controls out.
@@ -182,7 +183,7 @@ class PTRAG(Model):
         return wanted
 
     def _num_candidates(self) -> int:
-        """Return K: as configured, else 32, of a pool of fewer than 128 a quarter."""
+        """Return K: as configured, else a quarter of the others in the pool, from 1 to 32."""
         if self.config.retrieval == "none":
             return 1
         most = len(self.pool) - 1  # a perturbation is no candidate of its own
